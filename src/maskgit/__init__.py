@@ -1,0 +1,8 @@
+"""Masked generative image transformers for diffusers."""
+
+from .models import MaskGitDiTTransformer2DModel
+from .pipelines import MaskGitPipeline
+from .schedulers import ConfidenceScheduler, HaltonScheduler
+
+
+__version__ = "0.1.0.dev0"

@@ -1,0 +1,1 @@
+from .transformer_dit import MaskGitDiTTransformer2DModel

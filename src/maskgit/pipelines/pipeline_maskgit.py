@@ -1,0 +1,365 @@
+import difflib
+import inspect
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+
+GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
+CALL_DEFAULTS = {"guidance_scale": 1.0, "guidance_schedule": "constant", "num_inference_steps": 32}
+
+
+class MaskGitPipeline(DiffusionPipeline):
+    """
+    Class-conditional image generation with a masked generative transformer.
+
+    Args:
+        transformer ([`ModelMixin`]): A MaskGIT transformer: tokens and classes in, logits of the codes out.
+        vqvae ([`ModelMixin`]): The tokenizer, a [`VQModel`] or of the same interface.
+        scheduler ([`SchedulerMixin`]): A `HaltonScheduler` or `ConfidenceScheduler`, or diffusers' [`AmusedScheduler`].
+        id2label (`dict`, *optional*): Names of the classes by id; synonyms are separated by commas.
+        call_defaults (`dict`, *optional*): What `guidance_scale`, `guidance_schedule` and `num_inference_steps` are when a
+            call leaves them out: the settings that this checkpoint's numbers were measured with.
+    """
+
+    model_cpu_offload_seq = "transformer->vqvae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        vqvae: ModelMixin,
+        scheduler: SchedulerMixin,
+        id2label: dict | None = None,
+        call_defaults: dict | None = None,
+    ):
+        super().__init__()
+        unknown = set(call_defaults or {}) - set(CALL_DEFAULTS)
+        if unknown:
+            raise ValueError(f"Unknown `call_defaults` {sorted(unknown)}: they can be {', '.join(CALL_DEFAULTS)}.")
+        self.register_modules(transformer=transformer, vqvae=vqvae, scheduler=scheduler)
+        self.register_to_config(id2label=id2label, call_defaults=call_defaults)
+        # JSON turns integer keys into strings.
+        self.id2label = {int(label): name for label, name in (id2label or {}).items()}
+        levels = len(vqvae.config.block_out_channels) if vqvae is not None else 1
+        self.vae_scale_factor = 2 ** (levels - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def get_label_ids(self, class_labels: int | str | list[int | str] | torch.LongTensor) -> list[int]:
+        """
+        Class ids of labels given as ids or names, one or several.
+
+        Names are compared without case; each of a class's comma-separated synonyms is one.
+        """
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.flatten().tolist()
+        elif not isinstance(class_labels, (list, tuple)):
+            class_labels = [class_labels]
+        if not class_labels:
+            raise ValueError("`class_labels` is empty: give at least one class.")
+
+        num_classes = self.transformer.config.num_classes
+        ids_of_name: dict[str, set[int]] = {}
+        for label, names in self.id2label.items():
+            for name in {names, *names.split(",")}:
+                ids_of_name.setdefault(name.strip().lower(), set()).add(label)
+
+        label_ids = []
+        for label in class_labels:
+            if isinstance(label, str):
+                ids = ids_of_name.get(label.strip().lower(), set())
+                if len(ids) > 1:
+                    raise ValueError(
+                        f"The class name {label!r} means several classes: give one of the ids {sorted(ids)}."
+                    )
+                if not ids:
+                    near = difflib.get_close_matches(label.strip().lower(), ids_of_name, n=3)
+                    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+                    if not ids_of_name:
+                        hint = " This model has no class names (`id2label`): give class ids."
+                    raise ValueError(f"Unknown class name {label!r}.{hint}")
+                label = ids.pop()
+            elif isinstance(label, bool) or not isinstance(label, int):
+                raise ValueError(f"A class label is an id (int) or a name (str), but one is {label!r}.")
+            if not 0 <= label < num_classes:
+                raise ValueError(f"There is no class {label}: this model's classes are 0 to {num_classes - 1}.")
+            label_ids.append(label)
+        return label_ids
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        grid: tuple[int, int],
+        guidance_scale: float,
+        guidance_schedule: str,
+        guidance_interval: tuple[float, float],
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.LongTensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Raise a ValueError for what cannot be sampled, before any work."""
+        codebook_size = self.transformer.config.codebook_size
+        if self.scheduler.config.mask_token_id != codebook_size:
+            raise ValueError(
+                f"The scheduler's mask_token_id is {self.scheduler.config.mask_token_id}, but this transformer's mask "
+                f"token is {codebook_size}: load a scheduler with mask_token_id={codebook_size}."
+            )
+        if guidance_scale < 0 or not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` is {guidance_scale}, but must be at least 0; 1 is no guidance.")
+        if guidance_scale != 1 and not self.transformer.config.has_null_class:
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale}, but this transformer was trained without a 'no class' label, which "
+                "classifier-free guidance needs: leave it at 1."
+            )
+        if guidance_schedule not in GUIDANCE_SCHEDULES:
+            raise ValueError(
+                f"`guidance_schedule` is {guidance_schedule!r}, but must be one of {', '.join(GUIDANCE_SCHEDULES)}."
+            )
+        start, stop = guidance_interval
+        if not 0 <= start <= stop <= 1:
+            raise ValueError(
+                f"`guidance_interval` is {guidance_interval}, but must be two fractions of the steps, 0 <= start <= stop <= 1."
+            )
+        if (
+            isinstance(num_inference_steps, bool)
+            or not isinstance(num_inference_steps, int)
+            or num_inference_steps < 1
+        ):
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}, but must be an int of at least 1.")
+        if isinstance(generator, list):
+            if len(generator) != batch_size:
+                raise ValueError(
+                    f"`generator` is a list of {len(generator)}, but {batch_size} images are asked for: one each, or a "
+                    "single generator for all."
+                )
+            if not hasattr(self.scheduler, "positions_to_predict"):
+                raise ValueError(f"{type(self.scheduler).__name__} takes a single generator, not a list.")
+        if latents is not None:
+            if latents.is_floating_point() or tuple(latents.shape) != (batch_size, *grid):
+                raise ValueError(
+                    f"`latents` has the shape {tuple(latents.shape)} and type {latents.dtype}, but must be integer tokens "
+                    f"of shape {(batch_size, *grid)}."
+                )
+            if latents.min() < 0 or latents.max() > codebook_size:
+                raise ValueError(
+                    f"`latents` has tokens from {latents.min()} to {latents.max()}, but they must be in "
+                    f"[0, {codebook_size}], where {codebook_size} is a masked token."
+                )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` is {output_type!r}, but must be one of pil, np, pt, latent.")
+        if output_type != "latent" and self.vqvae is None:
+            raise ValueError("This pipeline has no `vqvae` to decode with: ask for output_type='latent'.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, but can only have "
+                f"{self._callback_tensor_inputs}."
+            )
+
+    def _guidance_scales(
+        self, scale: float, schedule: str, interval: tuple[float, float], num_inference_steps: int
+    ) -> list[float]:
+        """The guidance scale of each step: w = scale - 1 is held, or grows from 0 in the first step to w in the last."""
+        scales = []
+        for i in range(num_inference_steps):
+            progress = i / (num_inference_steps - 1) if num_inference_steps > 1 else 1.0
+            growth = {"constant": 1.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[schedule]
+            inside = int(interval[0] * num_inference_steps) <= i < int(interval[1] * num_inference_steps)
+            scales.append(1 + (scale - 1) * growth if inside else 1.0)
+        return scales
+
+    def _positions_to_predict(
+        self, timestep: torch.Tensor, latents: torch.LongTensor, generator
+    ) -> torch.LongTensor | None:
+        """The flat positions (B, M) whose logits the scheduler's next step needs, None for all."""
+        if not hasattr(self.scheduler, "positions_to_predict"):
+            return None  # diffusers' AmusedScheduler
+        positions = self.scheduler.positions_to_predict(timestep, latents, generator=generator)
+        if positions is None:
+            # The step depends on the logits, which are needed where tokens are masked; rows are filled up with known ones.
+            masked = latents.flatten(1) == self.scheduler.config.mask_token_id
+            positions = masked.int().argsort(dim=-1, descending=True, stable=True)[:, : int(masked.sum(-1).max())]
+        return positions
+
+    def _predict(
+        self,
+        latents: torch.LongTensor,
+        class_labels: torch.LongTensor,
+        positions: torch.LongTensor | None,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """Logits (B, M or N, K) in float32; with guidance, of one doubled batch."""
+        if guidance_scale == 1:
+            return self.transformer(latents, class_labels, positions=positions, return_dict=False)[0].float()
+        null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
+        logits = self.transformer(
+            torch.cat([latents, latents]),
+            torch.cat([class_labels, null_labels]),
+            positions=None if positions is None else torch.cat([positions, positions]),
+            return_dict=False,
+        )[0]
+        conditional, unconditional = logits.float().chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | list[int | str] | torch.LongTensor,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int | None = None,
+        num_images_per_label: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.LongTensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Generate images of classes.
+
+        Args:
+            class_labels (`int`, `str`, a list of them, or `torch.LongTensor`): Class ids or names.
+            guidance_scale (`float`, *optional*): Classifier-free guidance; 1 is off. The papers' w is `guidance_scale - 1`.
+                Defaults to the checkpoint's own (`call_defaults`), else 1.
+            guidance_schedule (`str`, *optional*): "constant", or "linear" or "cosine" for a w that grows from 0 at the first
+                step. Defaults to the checkpoint's own, else "constant".
+            guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Fractions of the steps between which there
+                is guidance. Elsewhere, and at scale 1, the unconditional half of the batch is not computed.
+            num_inference_steps (`int`, *optional*): Number of steps. Defaults to the checkpoint's own, else 32.
+            num_images_per_label (`int`, defaults to 1): Images of each label; those of a label follow each other.
+            generator (`torch.Generator` or a list of them, one an image, *optional*): Source of the random numbers. With a
+                list, an image does not depend on the batch that it is in.
+            latents (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*): Tokens to start from. Those
+                other than the mask token (`codebook_size`) are kept.
+            output_type (`str`, defaults to `"pil"`): "pil", "np", "pt", or "latent" for tokens.
+            return_dict (`bool`, defaults to `True`): Whether to return an [`ImagePipelineOutput`], else a tuple.
+            callback_on_step_end (`Callable`, *optional*): Called after each step as `callback(pipe, step, timestep, kwargs)`;
+                what it returns under "latents" goes on.
+            callback_on_step_end_tensor_inputs (`list[str]`): Which tensors `kwargs` holds: "latents" or none.
+
+        Returns:
+            [`ImagePipelineOutput`] with `images`: a list of PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) in
+            [0, 1], or tokens, long (B, height, width).
+        """
+        defaults = CALL_DEFAULTS | (self.config.call_defaults or {})
+        guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        guidance_schedule = defaults["guidance_schedule"] if guidance_schedule is None else guidance_schedule
+        num_inference_steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        if num_images_per_label < 1:
+            raise ValueError(f"`num_images_per_label` is {num_images_per_label}, but must be at least 1.")
+        label_ids = self.get_label_ids(class_labels)
+        batch_size = len(label_ids) * num_images_per_label
+        sample_size = self.transformer.config.sample_size
+        grid = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        self.check_inputs(
+            batch_size,
+            grid,
+            guidance_scale,
+            guidance_schedule,
+            guidance_interval,
+            num_inference_steps,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+
+        device = self._execution_device
+        labels = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_label)
+        if latents is None:
+            latents = torch.full((batch_size, *grid), self.scheduler.config.mask_token_id, device=device)
+        latents = latents.to(device, torch.long)
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        scales = self._guidance_scales(guidance_scale, guidance_schedule, guidance_interval, num_inference_steps)
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, timestep in enumerate(self.scheduler.timesteps):
+                positions = self._positions_to_predict(timestep, latents, generator)
+                if positions is None:
+                    logits = self._predict(latents, labels, None, scales[i]).movedim(-1, 1).unflatten(-1, grid)
+                    latents = self.scheduler.step(logits, timestep, latents, generator=generator).prev_sample
+                elif positions.shape[1] > 0:
+                    logits = self._predict(latents, labels, positions, scales[i])
+                    step = self.scheduler.step(logits, timestep, latents, positions=positions, generator=generator)
+                    latents = step.prev_sample
+
+                if callback_on_step_end is not None:
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                    latents = callback_on_step_end(self, i, timestep, tensors).pop("latents", latents)
+                progress_bar.update()
+
+        images = latents
+        if output_type != "latent":
+            images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)
+
+    def decode_latents(self, latents: torch.LongTensor) -> torch.Tensor:
+        """Images in [-1, 1], not clipped, (B, 3, H, W), of tokens (B, height, width)."""
+        config = self.vqvae.config
+        shape = (*latents.shape, config.vq_embed_dim or config.latent_channels)
+        return self.vqvae.decode(latents, force_not_quantize=True, shape=shape).sample
+
+    # The rest makes a saved folder load anywhere. Where this package is installed, `MaskGitPipeline.from_pretrained` uses
+    # its classes and runs no code from the folder. Where it is not, `DiffusionPipeline.from_pretrained(...,
+    # trust_remote_code=True)` uses the source files that lie beside the weights.
+
+    def save_config(self, save_directory, **kwargs):
+        super().save_config(save_directory, **kwargs)
+        root = Path(save_directory)
+        index = json.loads(self.to_json_string())
+        index.pop("_name_or_path", None)
+        owned = {"": type(self)}
+        for name, component in self.components.items():
+            if component is None:
+                continue
+            # A component that was loaded from a folder remembers where: nobody else's business.
+            config_path = root / name / component.config_name
+            config = json.loads(config_path.read_text())
+            if config.pop("_name_or_path", None) is not None:
+                config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            cls = getattr(component, "_orig_mod", component).__class__
+            if not cls.__module__.startswith(("diffusers.", "transformers.")):
+                owned[name] = cls
+        for name, cls in owned.items():
+            source = Path(inspect.getsourcefile(cls))
+            # All the schedulers travel, so that users can switch.
+            sources = source.parent.glob("scheduling_*.py") if name == "scheduler" else [source]
+            for path in sources:
+                if path.resolve() != (root / name / path.name).resolve():
+                    shutil.copyfile(path, root / name / path.name)
+            index[name or "_class_name"] = [source.stem, cls.__name__]
+        (root / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        index = super()._dict_from_json_file(json_file)
+        if __name__.startswith("maskgit.") and isinstance(index.get("_class_name"), list):
+            index["_class_name"] = index["_class_name"][1]
+        return index
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        config = super().load_config(*args, **kwargs)
+        if __name__.startswith("maskgit."):
+            package = sys.modules["maskgit"]
+            for name, value in config.items():
+                if isinstance(value, list) and len(value) == 2 and hasattr(package, value[1] or ""):
+                    config[name] = [getattr(package, value[1]).__module__, value[1]]
+        return config

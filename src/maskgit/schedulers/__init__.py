@@ -1,0 +1,2 @@
+from .scheduling_confidence import ConfidenceScheduler
+from .scheduling_halton import HaltonScheduler

@@ -1,0 +1,224 @@
+"""What the schedulers of masked generative transformers share: masking schedules, logit shaping, and random numbers."""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+from diffusers import AmusedScheduler
+from diffusers.utils import BaseOutput
+
+
+MASKING_SCHEDULES = ("arccos", "cosine", "linear", "square", "cubic", "root", "log", "exp")
+
+
+def masking_ratio(progress: torch.Tensor, masking_schedule: str, num_tokens: int) -> torch.Tensor:
+    """
+    Share of the tokens that is masked after a share `progress` of the way from noise to image: 1 at 0, 0 at 1.
+
+    Samplers evaluate it at their steps; training evaluates it at uniform random numbers, once an image.
+
+    Args:
+        progress (`torch.Tensor`): Floats in [0, 1], of any shape.
+        masking_schedule (`str`): One of `MASKING_SCHEDULES`. Cosine to cubic, log and exp are those of MaskGIT (Chang et
+            al., CVPR 2022), arccos and root those of its PyTorch reproduction (Besnier and Chen, 2023).
+        num_tokens (`int`): Number of tokens to decide, which the steepness of "log" and "exp" depends on.
+    """
+    if masking_schedule == "arccos":
+        ratio = torch.arccos(progress) / (math.pi / 2)
+    elif masking_schedule == "cosine":
+        ratio = torch.cos(progress * (math.pi / 2))
+    elif masking_schedule == "linear":
+        ratio = 1 - progress
+    elif masking_schedule == "square":
+        ratio = 1 - progress**2
+    elif masking_schedule == "cubic":
+        ratio = 1 - progress**3
+    elif masking_schedule == "root":
+        ratio = 1 - progress**0.5
+    elif masking_schedule == "log":
+        ratio = -torch.log2(progress) / max(math.log2(num_tokens), 1.0)
+    elif masking_schedule == "exp":
+        ratio = 1 - torch.exp2(-math.log2(num_tokens) * (1 - progress))
+    else:
+        raise ValueError(
+            f"`masking_schedule` is {masking_schedule!r}, but must be one of {', '.join(MASKING_SCHEDULES)}."
+        )
+    return ratio.clamp(0.0, 1.0)
+
+
+def uniform_noise(
+    batch_size: int,
+    num_tokens: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """
+    Uniform random numbers in [0, 1), one a token of the grid, float32 (batch_size, num_tokens) on `device`.
+
+    One number for each token of the whole grid, whether it is needed or not: what an image draws then depends on its own
+    generator (when `generator` is a list) and on the position alone, not on the rest of the batch nor on what is masked.
+    """
+    if isinstance(generator, list):
+        if len(generator) != batch_size:
+            raise ValueError(f"`generator` is a list of {len(generator)}, but the batch has {batch_size} images.")
+        rows = [torch.rand(num_tokens, generator=g, device=g.device) for g in generator]
+        return torch.stack([row.to(device) for row in rows])
+    noise_device = device if generator is None else generator.device
+    return torch.rand(batch_size, num_tokens, generator=generator, device=noise_device).to(device)
+
+
+def shape_logits(logits: torch.Tensor, softmax_temperature: float, mask_token_id: int) -> torch.Tensor:
+    """Logits in float32, divided by `softmax_temperature`, the mask token's at -inf: it must never be drawn."""
+    logits = logits.float()
+    if logits.shape[-1] > mask_token_id:
+        excluded = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
+        logits = logits.masked_fill(excluded, -torch.inf)
+    return logits if softmax_temperature == 1.0 else logits / softmax_temperature
+
+
+def draw_tokens(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
+    """
+    Draw tokens from softmax(logits), by inverting the cumulative distribution at `uniform`.
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., K)`): float32.
+        uniform (`torch.Tensor` of shape `(...)`): Random numbers in [0, 1).
+        top_k (`int`, *optional*): Draw from the `top_k` most likely tokens only.
+        top_p (`float`, *optional*): Of these, draw from the most likely ones that together reach this probability only.
+
+    Returns:
+        `torch.LongTensor` of shape `(...)`.
+    """
+    if top_k == 1:
+        return logits.argmax(-1)
+    indices = None
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits, indices = logits.topk(top_k, dim=-1)  # in descending order
+    elif top_p is not None:
+        logits, indices = logits.sort(dim=-1, descending=True)
+    probabilities = logits.softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    if top_p is not None:
+        kept = cumulative - probabilities < top_p
+        cumulative = probabilities.where(kept, 0.0).cumsum(-1)
+    total = cumulative[..., -1:]
+    tokens = torch.searchsorted(cumulative, uniform[..., None] * total, right=True)
+    # Rounding may put the threshold on the total: the answer is then the last token of positive probability.
+    tokens = torch.minimum(tokens, (cumulative < total).sum(-1, keepdim=True))
+    return (tokens if indices is None else indices.gather(-1, tokens))[..., 0]
+
+
+@dataclass
+class MaskGitSchedulerOutput(BaseOutput):
+    """
+    Output of a scheduler's `step`.
+
+    Args:
+        prev_sample (`torch.LongTensor` of the shape of `sample`): Tokens after the step: the next input of the transformer.
+        pred_original_sample (`torch.LongTensor` of the shape of `sample`): The whole image as far as this step's logits
+            tell: the known tokens, the drawn ones, and elsewhere the most likely ones (where `positions` left out
+            positions, these stay masked).
+    """
+
+    prev_sample: torch.LongTensor
+    pred_original_sample: torch.LongTensor
+
+
+class MaskGitSchedulerMixin:
+    """Time steps, shapes and checks that are the same for every scheduler of masked tokens."""
+
+    order = 1
+
+    @classmethod
+    def _get_compatibles(cls):
+        # diffusers looks names up on its own module only.
+        package = sys.modules.get(cls.__module__.rpartition(".")[0])
+        ours = (getattr(package, name, None) for name in ("HaltonScheduler", "ConfidenceScheduler"))
+        return list({cls, AmusedScheduler, *(scheduler for scheduler in ours if scheduler is not None)})
+
+    def _check_config(self):
+        config = self.config
+        if config.masking_schedule not in MASKING_SCHEDULES:
+            raise ValueError(
+                f"`masking_schedule` is {config.masking_schedule!r}, but must be one of {', '.join(MASKING_SCHEDULES)}."
+            )
+        if len(config.softmax_temperature) != 2 or min(config.softmax_temperature) <= 0:
+            raise ValueError(
+                f"`softmax_temperature` is {config.softmax_temperature}, but must be two positive numbers, for the first "
+                "and the last step. For greedy choices use top_k=1."
+            )
+        if config.top_k is not None and config.top_k < 1:
+            raise ValueError(f"`top_k` is {config.top_k}, but must be at least 1, or None for no limit.")
+        if config.top_p is not None and not 0 < config.top_p <= 1:
+            raise ValueError(f"`top_p` is {config.top_p}, but must be in (0, 1], or None for no limit.")
+
+    def _set_timesteps(self, num_inference_steps: int, device: str | torch.device | None):
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but must be at least 1.")
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.arange(num_inference_steps, device=device).flip(0)
+        # Even steps in 1 / temperature, the factor on the logits, as the published samplers take them.
+        start, end = (1.0 / temperature for temperature in self.config.softmax_temperature)
+        factors = torch.linspace(start, end, num_inference_steps, dtype=torch.float64)
+        self.softmax_temperatures = (1.0 / factors).tolist()
+        self._num_masked_at_start = None
+
+    def _step_index(self, timestep: int | torch.Tensor) -> int:
+        if self.timesteps is None:
+            raise ValueError("Call `set_timesteps` before `step`.")
+        return self.num_inference_steps - 1 - int(timestep)
+
+    def _count_masked_at_start(self, step_index: int, masked: torch.Tensor) -> torch.Tensor:
+        """
+        Number of masked tokens of each image when its sampling began, long (B,): the schedules divide these into steps.
+
+        Sampling begins at the first time step, or where a first call after `set_timesteps` finds it (image-to-image).
+        """
+        start = self._num_masked_at_start
+        if step_index == 0 or start is None or len(start) != len(masked):
+            self._num_masked_at_start = masked.sum(-1)
+        return self._num_masked_at_start
+
+    def _flatten(
+        self, model_output: torch.Tensor, sample: torch.Tensor, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits as (B, N or M, K) and tokens as (B, N), whatever layout they came in."""
+        grid = sample.shape[1:]
+        if model_output.ndim == 4:
+            if model_output.shape[2:] == grid:
+                model_output = model_output.movedim(1, -1)
+            elif model_output.shape[1:3] != grid:
+                raise ValueError(
+                    f"`model_output` of shape {tuple(model_output.shape)} does not fit `sample` of shape "
+                    f"{tuple(sample.shape)}: expected (B, K, H, W) or (B, H, W, K)."
+                )
+            model_output = model_output.flatten(1, 2)
+        sample = sample.flatten(1)
+        expected = sample.shape if positions is None else positions.shape
+        if model_output.ndim != 3 or model_output.shape[:2] != expected:
+            raise ValueError(
+                f"`model_output` has the shape {tuple(model_output.shape)}, but must hold the logits of "
+                f"{tuple(expected)} (batch, tokens)."
+            )
+        return model_output, sample
+
+    def add_noise(
+        self,
+        sample: torch.LongTensor,
+        timesteps: int | torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.LongTensor:
+        """
+        Mask tokens at random, each with the probability that is left masked after the step at `timesteps`.
+
+        Args:
+            sample (`torch.LongTensor` of shape `(batch_size, N)` or `(batch_size, height, width)`): Tokens.
+            timesteps (`int` or 0-d `torch.Tensor`): One of the scheduler's `timesteps`; higher masks more.
+            generator (`torch.Generator` or a list of them, one an image, *optional*): Source of the random numbers.
+        """
+        num_tokens = sample[0].numel()
+        progress = torch.tensor((self._step_index(timesteps) + 1) / self.num_inference_steps)
+        ratio = masking_ratio(progress, self.config.masking_schedule, num_tokens).to(sample.device)
+        noise = uniform_noise(len(sample), num_tokens, generator, sample.device).view_as(sample)
+        return sample.masked_fill(noise < ratio, self.config.mask_token_id)
