@@ -1,0 +1,194 @@
+# Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
+"""Images and tokens for training: where they are read from, and how an image becomes a tensor."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet
+import torch
+from PIL import Image
+
+
+TOKEN_DATASET_INFO = "token_dataset.json"
+IMAGE_COLUMNS = ("image", "img", "png", "jpg", "jpeg", "webp")
+LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")
+
+
+def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
+    """
+    Images of one split, with a column `image` (`datasets.Image`) and, if the source has classes, `label` (`datasets.ClassLabel`).
+
+    Args:
+        source (`str`):
+            A folder saved by `datasets` (`save_to_disk`), a folder of parquet files, of webdataset shards (`.tar`) or of images
+            (with a folder per class, whose sorted names give the class ids; `train/`, `validation/`, ... above them are splits),
+            or the name of a dataset on the Hub.
+        split (`str`, defaults to `"train"`): Which split; `datasets` slices (`"train[:1000]"`) work except for saved folders.
+    """
+    folder = Path(source)
+    if not folder.exists() and (folder.is_absolute() or source.startswith(".") or source.count("/") > 1):
+        raise ValueError(
+            f"there is no folder {source!r}: give a folder of images or the name of a dataset on the Hub."
+        )
+    try:
+        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+            dataset = datasets.load_from_disk(source)
+            if isinstance(dataset, datasets.DatasetDict):
+                if split not in dataset:
+                    raise ValueError(f"{source!r} has no split {split!r}, only {', '.join(dataset)}.")
+                dataset = dataset[split]
+        elif not folder.is_dir():
+            dataset = datasets.load_dataset(source, split=split)
+        elif any(folder.rglob("*.parquet")):
+            dataset = datasets.load_dataset(source, split=split)
+        elif any(folder.rglob("*.tar")):
+            dataset = datasets.load_dataset("webdataset", data_dir=source, split=split)
+        else:
+            dataset = datasets.load_dataset("imagefolder", data_dir=source, split=split)
+    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError, OSError) as error:
+        raise ValueError(f"cannot read images from {source!r}: {str(error).splitlines()[0]}") from None
+
+    images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if not images:
+        raise ValueError(f"{source!r} has no images: its columns are {', '.join(dataset.column_names)}.")
+    image = next((name for name in IMAGE_COLUMNS if name in images), images[0])
+    classes = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    label = next((name for name in (*LABEL_COLUMNS, *classes) if name in dataset.column_names), None)
+    dataset = dataset.select_columns([image] if label is None else [image, label])
+    dataset = dataset.rename_columns(
+        {old: new for old, new in ((image, "image"), (label, "label")) if old and old != new}
+    )
+    if label is not None and not isinstance(dataset.features["label"], datasets.ClassLabel):
+        if dataset.features["label"].dtype.startswith(
+            "int"
+        ):  # class_encode_column would sort ids as text: 0, 1, 10, 11, 2
+            count = max(dataset.unique("label")) + 1
+            dataset = dataset.cast_column("label", datasets.ClassLabel(names=[str(i) for i in range(count)]))
+        else:
+            dataset = dataset.class_encode_column("label")
+    return dataset
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as RGB: grey and palette images are expanded, transparency is laid on white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(background, image)
+    if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def image_to_tensor(image: Image.Image, size: int, crop: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
+    """
+    Resizes the shorter side to `size` (bicubic), cuts out a square and scales it to [-1, 1]. An image of that size is not touched.
+
+    Args:
+        image (`PIL.Image.Image`): of any mode and size.
+        size (`int`): side of the square, in pixels.
+        crop (`tuple[float, float]`): where to cut, as shares of the room left (x, y); (0.5, 0.5) is the centre.
+
+    Returns:
+        `torch.Tensor`: float32 (3, size, size) in [-1, 1].
+    """
+    image = to_rgb(image)
+    if min(image.size) != size:
+        scale = size / min(image.size)
+        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (round((side - size) * share) for side, share in zip(image.size, crop))
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """
+    Images as tensors: `{"pixel_values": float32 (3, size, size) in [-1, 1], "label": int}` (no label if the source has none).
+
+    Random crops and flips depend on the seed, the epoch (`set_epoch`) and the image alone, so that a resumed run, and a run on another
+    number of processes or workers, sees the same images.
+
+    Args:
+        dataset (`datasets.Dataset`): from `load_image_dataset`.
+        size (`int`): side of the images, in pixels.
+        random_crop (`bool`): cut at random places instead of the centre.
+        random_flip (`bool`): mirror half of the images left to right.
+        seed (`int`): of the random crops and flips.
+    """
+
+    def __init__(
+        self, dataset: datasets.Dataset, size: int, random_crop: bool = False, random_flip: bool = False, seed: int = 0
+    ):
+        self.dataset = dataset
+        self.size = size
+        self.random_crop = random_crop
+        self.random_flip = random_flip
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.dataset[index]
+        x, y, flip = np.random.default_rng((self.seed, self.epoch, index)).random(3)
+        pixels = image_to_tensor(row["image"], self.size, (x, y) if self.random_crop else (0.5, 0.5))
+        if self.random_flip and flip < 0.5:
+            pixels = pixels.flip(-1)
+        return {"pixel_values": pixels} | ({"label": row["label"]} if "label" in row else {})
+
+
+class TokenDataset(torch.utils.data.Dataset):
+    """
+    Images as tokens, written by `training/encode_dataset.py`; all of them are kept in memory (2 bytes a token).
+
+    Items are `{"input_ids": long (height, width), "label": int}`.
+
+    Attributes:
+        tokens (`np.ndarray`): uint16 (images, height * width), row-major grids.
+        labels (`np.ndarray`): int64 (images,).
+        label_names (`list[str]`): name of each class, in the order of the ids.
+        grid_size (`tuple[int, int]`): height and width of a grid, in tokens.
+        codebook_size (`int`): tokens are 0..codebook_size-1.
+        tokenizer (`str`): folder or Hub id that the tokens were made with.
+
+    Args:
+        folder (`str` or `Path`): the `--output_dir` of `encode_dataset.py`.
+        split (`str`, defaults to `"train"`): which of the splits written there.
+    """
+
+    def __init__(self, folder: str | Path, split: str = "train"):
+        folder = Path(folder)
+        if not (folder / TOKEN_DATASET_INFO).is_file():
+            raise ValueError(
+                f"{str(folder)!r} is no token dataset (no {TOKEN_DATASET_INFO} in it): make one with training/encode_dataset.py."
+            )
+        info = json.loads((folder / TOKEN_DATASET_INFO).read_text(encoding="utf-8"))
+        if split not in info["splits"]:
+            raise ValueError(f"{str(folder)!r} has no split {split!r}, only {', '.join(info['splits'])}.")
+        parts = sorted((folder / "data").glob(f"{split}-*-of-*.parquet"))
+        if len(parts) != info["splits"][split]["num_parts"]:
+            raise ValueError(
+                f"split {split!r} of {str(folder)!r} is not complete: {len(parts)} of {info['splits'][split]['num_parts']} parts are "
+                "there. Run encode_dataset.py again with the same options, it goes on where it stopped."
+            )
+        table = pyarrow.parquet.read_table(parts)
+        self.grid_size = (info["grid_height"], info["grid_width"])
+        self.codebook_size = info["codebook_size"]
+        self.tokenizer = info["tokenizer"]
+        self.label_names = datasets.Features.from_arrow_schema(table.schema)["label"].names
+        chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table["tokens"].chunks]
+        self.tokens = np.concatenate(chunks).reshape(-1, self.grid_size[0] * self.grid_size[1])
+        self.labels = table["label"].to_numpy()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict:
+        grid = torch.from_numpy(self.tokens[index].astype(np.int64)).view(self.grid_size)
+        return {"input_ids": grid, "label": int(self.labels[index])}

@@ -1,0 +1,68 @@
+# Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
+"""Images to tokens and back, with any tokenizer that has the interface of `diffusers.VQModel`: the one place where this is done."""
+
+import torch
+from diffusers import ModelMixin, VQModel
+
+
+def load_tokenizer(name_or_path: str, **kwargs) -> ModelMixin:
+    """
+    Loads a tokenizer in float32 and evaluation mode.
+
+    Args:
+        name_or_path (`str`):
+            A folder or Hub id holding either the tokenizer itself or a pipeline with the tokenizer in `vqvae/`.
+        kwargs: passed on to `from_pretrained` (`revision`, `cache_dir`, ...).
+    """
+    for subfolder in ("vqvae", None):
+        try:
+            config = VQModel.load_config(name_or_path, subfolder=subfolder)
+            break
+        except OSError as error:
+            if subfolder is None:
+                raise ValueError(
+                    f"found no tokenizer in {name_or_path!r}: expected the folder or Hub id of a tokenizer (config.json) "
+                    f"or of a pipeline (vqvae/config.json). {str(error).splitlines()[0]}"
+                ) from None
+    if config.get("_class_name") != "VQModel":
+        raise ValueError(f"{name_or_path!r} holds a {config.get('_class_name')}, not a VQModel.")
+    return VQModel.from_pretrained(name_or_path, subfolder=subfolder, **kwargs).float().eval()
+
+
+@torch.no_grad()
+def encode_images(tokenizer: ModelMixin, images: torch.Tensor) -> torch.Tensor:
+    """
+    Images to tokens, always in float32: in half precision close calls between codes fall the other way.
+
+    Args:
+        tokenizer (`ModelMixin`): a `VQModel` or a model with its interface, in float32.
+        images (`torch.Tensor`): float (batch, 3, height, width) in [-1, 1].
+
+    Returns:
+        `torch.Tensor`: long (batch, grid height, grid width), values 0..codebook_size-1.
+    """
+    if tokenizer.dtype != torch.float32:
+        raise ValueError(
+            f"the tokenizer is in {tokenizer.dtype}, encoding needs float32: call tokenizer.float() first."
+        )
+    with torch.autocast(images.device.type, enabled=False):
+        latents = tokenizer.encode(images.float()).latents
+        indices = tokenizer.quantize(latents)[2][2]
+    return indices.view(latents.shape[0], *latents.shape[-2:])
+
+
+@torch.no_grad()
+def decode_tokens(tokenizer: ModelMixin, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    Tokens to images, in the tokenizer's own precision.
+
+    Args:
+        tokenizer (`ModelMixin`): a `VQModel` with `lookup_from_codebook=True`, or a model with its interface.
+        tokens (`torch.Tensor`): long (batch, grid height, grid width), values 0..codebook_size-1.
+
+    Returns:
+        `torch.Tensor`: float32 (batch, 3, height, width), clamped to [-1, 1].
+    """
+    channels = tokenizer.config.vq_embed_dim or tokenizer.config.latent_channels
+    images = tokenizer.decode(tokens, force_not_quantize=True, shape=(*tokens.shape, channels)).sample
+    return images.float().clamp(-1, 1)
