@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -16,6 +17,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
 CALL_DEFAULTS = {"guidance_scale": 1.0, "guidance_schedule": "constant", "num_inference_steps": 32}
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
 
 class MaskGitPipeline(DiffusionPipeline):
@@ -60,7 +65,7 @@ class MaskGitPipeline(DiffusionPipeline):
 
         Names are compared without case; each of a class's comma-separated synonyms is one.
         """
-        if isinstance(class_labels, torch.Tensor):
+        if hasattr(class_labels, "tolist"):  # torch or numpy, arrays or single numbers
             class_labels = class_labels.flatten().tolist()
         elif not isinstance(class_labels, (list, tuple)):
             class_labels = [class_labels]
@@ -75,6 +80,7 @@ class MaskGitPipeline(DiffusionPipeline):
 
         label_ids = []
         for label in class_labels:
+            label = label.tolist() if hasattr(label, "tolist") else label
             if isinstance(label, str):
                 ids = ids_of_name.get(label.strip().lower(), set())
                 if len(ids) > 1:
@@ -131,11 +137,7 @@ class MaskGitPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`guidance_interval` is {guidance_interval}, but must be two fractions of the steps, 0 <= start <= stop <= 1."
             )
-        if (
-            isinstance(num_inference_steps, bool)
-            or not isinstance(num_inference_steps, int)
-            or num_inference_steps < 1
-        ):
+        if not _is_count(num_inference_steps):
             raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}, but must be an int of at least 1.")
         if isinstance(generator, list):
             if len(generator) != batch_size:
@@ -259,8 +261,8 @@ class MaskGitPipeline(DiffusionPipeline):
         guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         guidance_schedule = defaults["guidance_schedule"] if guidance_schedule is None else guidance_schedule
         num_inference_steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
-        if num_images_per_label < 1:
-            raise ValueError(f"`num_images_per_label` is {num_images_per_label}, but must be at least 1.")
+        if not _is_count(num_images_per_label):
+            raise ValueError(f"`num_images_per_label` is {num_images_per_label!r}, but must be an int of at least 1.")
         label_ids = self.get_label_ids(class_labels)
         batch_size = len(label_ids) * num_images_per_label
         sample_size = self.transformer.config.sample_size
@@ -292,8 +294,13 @@ class MaskGitPipeline(DiffusionPipeline):
                 if positions is None:
                     logits = self._predict(latents, labels, None, scales[i]).movedim(-1, 1).unflatten(-1, grid)
                     latents = self.scheduler.step(logits, timestep, latents, generator=generator).prev_sample
-                elif positions.shape[1] > 0:
-                    logits = self._predict(latents, labels, positions, scales[i])
+                else:
+                    if positions.shape[1] > 0:
+                        logits = self._predict(latents, labels, positions, scales[i])
+                    else:
+                        # Nothing is left for the transformer to do. The scheduler steps all the same: a step must take
+                        # the same random numbers in every batch.
+                        logits = torch.empty(batch_size, 0, self.transformer.config.codebook_size, device=device)
                     step = self.scheduler.step(logits, timestep, latents, positions=positions, generator=generator)
                     latents = step.prev_sample
 

@@ -6,7 +6,6 @@ from .scheduling_maskgit_utils import (
     MaskGitSchedulerMixin,
     MaskGitSchedulerOutput,
     draw_tokens,
-    masking_ratio,
     shape_logits,
     uniform_noise,
 )
@@ -95,7 +94,7 @@ class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
 
     def _progress(self, step_index: int) -> float:
         if self.config.progress == "completed":
-            return (step_index + 1) / self.num_inference_steps
+            return super()._progress(step_index)
         return step_index / max(self.num_inference_steps - 1, 1)
 
     def positions_to_predict(
@@ -109,17 +108,16 @@ class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
 
     def _num_kept(self, step_index: int, masked: torch.Tensor) -> torch.Tensor:
         """Number of drawn tokens that each image keeps in this step, long (B, 1)."""
-        at_start = self._count_masked_at_start(step_index, masked)
+        at_start, ratio, num_steps = self._schedule(step_index, masked)
         num_masked = masked.sum(-1)
         if step_index == self.num_inference_steps - 1:
             return num_masked[:, None]
-        progress = torch.tensor(self._progress(step_index))
-        ratio = masking_ratio(progress, self.config.masking_schedule, masked.shape[1]).to(masked.device)
+        ratio = ratio.to(masked.device)
         if self.config.progress == "completed":
             left = (at_start * ratio).floor().long()
             left = torch.minimum(left, num_masked - 1).clamp(min=1)  # some stay masked, and some are kept
         else:
-            left = at_start - (at_start * (1 - ratio)).floor().long().clamp(min=step_index + 1)
+            left = at_start - (at_start * (1 - ratio)).floor().long().clamp(min=num_steps)
         return (num_masked - left).clamp(min=0)[:, None]
 
     def step(

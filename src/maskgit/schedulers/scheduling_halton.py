@@ -7,7 +7,6 @@ from .scheduling_maskgit_utils import (
     MaskGitSchedulerMixin,
     MaskGitSchedulerOutput,
     draw_tokens,
-    masking_ratio,
     shape_logits,
     uniform_noise,
 )
@@ -138,18 +137,14 @@ class HaltonScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
         Returns:
             `torch.LongTensor` of shape `(batch_size, M)`: flat row-major positions, in the order of the sequence. When
             images have different numbers of known tokens, the shorter rows end in known positions, which `step` leaves
-            alone. M is 0 when nothing is left to decide.
+            alone. M is 0 when this step decides nothing: the transformer need not run then.
         """
         step_index = self._step_index(timestep)
         masked = sample.flatten(1) == self.config.mask_token_id
         num_tokens = masked.shape[1]
         ranks = self._ranks_of(sample, generator)
-        at_start = self._count_masked_at_start(step_index, masked)
-
-        # The share is taken in float32 as the published sampler does: rounding decides some floors, e.g. 576 / 3.
-        progress = torch.tensor((step_index + 1) / self.num_inference_steps)
-        share = 1 - masking_ratio(progress, self.config.masking_schedule, num_tokens)
-        decided = (at_start.cpu() * share).floor().long().clamp(min=step_index + 1)
+        at_start, ratio, num_steps = self._schedule(step_index, masked)
+        decided = (at_start.cpu() * (1 - ratio)).floor().long().clamp(min=num_steps)
         if step_index == self.num_inference_steps - 1:
             decided = at_start.cpu()
         num_masked = masked.sum(-1).cpu()

@@ -162,23 +162,43 @@ class MaskGitSchedulerMixin:
         start, end = (1.0 / temperature for temperature in self.config.softmax_temperature)
         factors = torch.linspace(start, end, num_inference_steps, dtype=torch.float64)
         self.softmax_temperatures = (1.0 / factors).tolist()
-        self._num_masked_at_start = None
+        self._start = None
 
     def _step_index(self, timestep: int | torch.Tensor) -> int:
         if self.timesteps is None:
             raise ValueError("Call `set_timesteps` before `step`.")
+        if not 0 <= timestep < self.num_inference_steps:
+            raise ValueError(
+                f"`timestep` is {int(timestep)}, but must be one of `timesteps`: {self.num_inference_steps - 1} to 0."
+            )
         return self.num_inference_steps - 1 - int(timestep)
 
-    def _count_masked_at_start(self, step_index: int, masked: torch.Tensor) -> torch.Tensor:
-        """
-        Number of masked tokens of each image when its sampling began, long (B,): the schedules divide these into steps.
+    def _progress(self, step_index: int) -> float:
+        """How far the image is after this step, 1 at the end."""
+        return (step_index + 1) / self.num_inference_steps
 
-        Sampling begins at the first time step, or where a first call after `set_timesteps` finds it (image-to-image).
+    def _masking_ratio(self, step_index: int, num_tokens: int) -> torch.Tensor:
+        # In float32 as the published samplers take it: rounding decides some floors, e.g. 576 / 3.
+        return masking_ratio(torch.tensor(self._progress(step_index)), self.config.masking_schedule, num_tokens)
+
+    def _schedule(self, step_index: int, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         """
-        start = self._num_masked_at_start
-        if step_index == 0 or start is None or len(start) != len(masked):
-            self._num_masked_at_start = masked.sum(-1)
-        return self._num_masked_at_start
+        What the masking schedule divides into steps, and how far this step gets.
+
+        Sampling begins at the first time step, or where a first call after `set_timesteps` finds it: image-to-image masks
+        what the step before would have left masked, and goes on from there.
+
+        Returns:
+            Number of masked tokens of each image when its sampling began, long (B,); the share of them that is left masked
+            after this step; and the number of steps so far, this one included.
+        """
+        if step_index == 0 or self._start is None or len(self._start[1]) != len(masked):
+            self._start = (step_index, masked.sum(-1))
+        first, at_start = self._start
+        ratio = self._masking_ratio(step_index, masked.shape[1])
+        if first > 0:
+            ratio = ratio / self._masking_ratio(first - 1, masked.shape[1]).clamp(min=1e-9)
+        return at_start, ratio, step_index - first + 1
 
     def _flatten(
         self, model_output: torch.Tensor, sample: torch.Tensor, positions: torch.Tensor | None
@@ -218,7 +238,6 @@ class MaskGitSchedulerMixin:
             generator (`torch.Generator` or a list of them, one an image, *optional*): Source of the random numbers.
         """
         num_tokens = sample[0].numel()
-        progress = torch.tensor((self._step_index(timesteps) + 1) / self.num_inference_steps)
-        ratio = masking_ratio(progress, self.config.masking_schedule, num_tokens).to(sample.device)
+        ratio = self._masking_ratio(self._step_index(timesteps), num_tokens).to(sample.device)
         noise = uniform_noise(len(sample), num_tokens, generator, sample.device).view_as(sample)
         return sample.masked_fill(noise < ratio, self.config.mask_token_id)
