@@ -40,8 +40,9 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"maskgit": ["builtin_models/**/*"]},
+    py_modules=["maskgit_cli"],
+    package_data={"maskgit": ["builtin_models/**/*", "imagenet_classes.txt"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["maskgit=maskgit.cli:main"]},
+    entry_points={"console_scripts": ["maskgit=maskgit_cli:main"]},
 )

@@ -1,5 +1,6 @@
 """Masked generative image transformers for diffusers."""
 
+from .loading import builtin
 from .models import MaskGitDiTTransformer2DModel
 from .pipelines import MaskGitPipeline
 from .schedulers import ConfidenceScheduler, HaltonScheduler

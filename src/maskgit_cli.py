@@ -1,0 +1,128 @@
+"""
+The command `maskgit`.
+
+It stands outside the package, whose import takes seconds: help and mistakes in the options need an answer at once.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (options: {self.prog} --help)")
+
+
+def _number(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (minimum <= value <= maximum and value < math.inf):
+            what = "a whole number" if kind is int else "a number"
+            limits = f"of at least {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
+            raise argparse.ArgumentTypeError(f"must be {what} {limits}, but is {text!r}")
+        return value
+
+    return parse
+
+
+def _classes(text: str) -> list[int | str] | None:
+    if text.strip() == "all":
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"must be class ids or names with commas between, or all, but is {text!r}")
+    return [int(part) if re.fullmatch(r"-?\d+", part) else part for part in parts]
+
+
+def _add_sample(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "sample",
+        help="generate images of classes",
+        description="Generate images of classes with a masked generative transformer.",
+        epilog="Image i, counted from 0 in the order of --classes, is drawn with the seed S + i: it is the same whatever "
+        "the batch size. It is written to NUMBER_CLASS.png; grid.png shows all of them (the first 1000), a row for each "
+        "class where there are few, and settings.json holds what they were made with.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        default="builtin",
+        metavar="DIR|HUB_ID",
+        help="folder of a saved pipeline, id of one on the Hub, builtin (default: a small model that comes with the "
+        "package) or builtin-NAME",
+    )
+    add(
+        "--classes",
+        type=_classes,
+        metavar="C,C,...",
+        help='ids or names with commas between, such as 90,180,goldfish or "ankle boot,bag", or all (default)',
+    )
+    add("--images_per_class", type=_number(int, 1), default=4, metavar="N", help="images of each class (default: 4)")
+    add(
+        "--output_dir",
+        default="outputs/samples",
+        metavar="DIR",
+        help="folder to write to, made if it does not exist (default: outputs/samples)",
+    )
+    add("--overwrite", action="store_true", help="write to a folder that has files, over those of the same names")
+    add(
+        "--seed",
+        type=_number(int, 0, 2**63 - 1),
+        default=0,
+        metavar="S",
+        help="number that all randomness depends on (default: 0)",
+    )
+    add(
+        "--num_inference_steps",
+        type=_number(int, 1),
+        metavar="T",
+        help="steps from masked to finished (default: the model's own)",
+    )
+    add(
+        "--scheduler",
+        choices=("halton", "confidence"),
+        help="which tokens each step decides: a Halton sequence's, or those that the model is most sure of; with default "
+        "settings if the model comes with the other (default: the model's own)",
+    )
+    add(
+        "--guidance_scale",
+        type=_number(float, 0),
+        metavar="G",
+        help="how strongly images are pulled to their class; 1 is off (default: the model's own)",
+    )
+    add("--batch_size", type=_number(int, 1), default=16, metavar="B", help="images drawn at a time (default: 16)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="precision of the models (default: float32)",
+    )
+    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the GPU if there is one, else cpu)")
+    add(
+        "--save_steps",
+        action="store_true",
+        help="also write how each image came about, masked cells covered: steps/NUMBER_CLASS.gif and, all steps side by "
+        "side, .png",
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit code is 2, after one line of explanation, for what the user can mend."""
+    parser = _Parser(prog="maskgit", description="Images from masked generative transformers.", allow_abbrev=False)
+    _add_sample(parser.add_subparsers(dest="command", metavar="COMMAND", required=True))
+    try:
+        options = vars(parser.parse_args(argv))
+        from maskgit import commands
+
+        getattr(commands, options.pop("command"))(**options)
+    except (ValueError, OSError) as error:
+        print(f"maskgit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
