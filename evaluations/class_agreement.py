@@ -1,0 +1,176 @@
+"""
+Does a generated image show the class that was asked for? A small classifier, trained on real images, is the judge.
+
+    python evaluations/class_agreement.py --data data/fashion_mnist --model builtin --guidance_scale 1 2 3 --output_dir outputs/agreement
+
+It states the classifier's accuracy on real test images, the share of generated images that it gives the requested class,
+and the same on tokenizer reconstructions of the test images. Meant for small images: the classifier reads them at the size that the model makes.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers.training_utils import set_seed
+from torch import nn
+from tqdm.auto import tqdm
+
+from maskgit.data import ImageDataset, load_image_dataset
+from maskgit.loading import load_pipeline
+from maskgit.tokenization import decode_tokens, encode_images
+
+
+CLASSIFIER_NAME = "classifier.pt"
+
+
+def make_classifier(num_classes: int) -> nn.Module:
+    """Three stages of two 3x3 convolutions, halved between: float (B, 3, H, W) in [-1, 1] -> logits (B, num_classes)."""
+    layers, channels = [], 3
+    for width in (32, 64, 128):
+        for _ in range(2):
+            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        layers += [nn.MaxPool2d(2)]
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(channels, num_classes)
+    )
+
+
+def load_images(data: str, split: str, size: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Images, float (N, 3, size, size) in [-1, 1], their labels, long (N,), and the names of the classes."""
+    dataset = load_image_dataset(data, split)
+    if "label" not in dataset.features:
+        raise ValueError(f"{data} has no labels to train a classifier on.")
+    items = list(tqdm(ImageDataset(dataset, size), desc=f"reading {split} images"))
+    labels = torch.tensor([item["label"] for item in items])
+    return torch.stack([item["pixel_values"] for item in items]), labels, dataset.features["label"].names
+
+
+def train_classifier(
+    images: torch.Tensor, labels: torch.Tensor, num_classes: int, epochs: int, device: str
+) -> nn.Module:
+    classifier = make_classifier(num_classes).to(device)
+    steps_per_epoch = len(images) // 128
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * steps_per_epoch)
+    bar = tqdm(total=epochs * steps_per_epoch, desc="training the classifier")
+    for _ in range(epochs):
+        for rows in torch.randperm(len(images))[: steps_per_epoch * 128].view(-1, 128):
+            batch = images[rows].to(device)
+            # Small shifts, as the generated ones are not centred to the pixel either.
+            shift = torch.randint(-2, 3, (2,)).tolist()
+            loss = F.cross_entropy(classifier(batch.roll(shift, (2, 3))), labels[rows].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    bar.close()
+    return classifier.eval()
+
+
+@torch.no_grad()
+def classify(classifier: nn.Module, images: torch.Tensor, device: str) -> torch.Tensor:
+    return torch.cat([classifier(batch.to(device)).argmax(-1).cpu() for batch in images.split(500)])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="real images with classes: a folder or a name on the Hub")
+    parser.add_argument("--train_split", default="train", help="split that the classifier is trained on")
+    parser.add_argument("--test_split", default="test", help="split that its accuracy is measured on")
+    parser.add_argument("--model", default="builtin", help="builtin, builtin-NAME, a folder, or a Hub id")
+    parser.add_argument(
+        "--num_images", type=int, default=1000, help="generated images, spread evenly over the classes"
+    )
+    parser.add_argument("--guidance_scale", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="one row each")
+    parser.add_argument("--num_inference_steps", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=6, help="passes of the classifier over the training images")
+    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--output_dir", required=True, help="for the classifier (used again when there) and result.json"
+    )
+    args = parser.parse_args()
+
+    try:
+        pipe = load_pipeline(args.model, device=args.device)
+        num_classes = pipe.transformer.config.num_classes
+        if args.num_images % num_classes:
+            raise ValueError(f"--num_images {args.num_images} must be a multiple of the {num_classes} classes.")
+        grid = pipe.transformer.config.sample_size
+        size = grid * pipe.vae_scale_factor
+        test_images, test_labels, names = load_images(args.data, args.test_split, size)
+        if len(names) != num_classes:
+            raise ValueError(f"{args.data} has {len(names)} classes, but the model {num_classes}.")
+        output_dir = Path(args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        set_seed(args.seed)
+        if (output_dir / CLASSIFIER_NAME).exists():
+            classifier = make_classifier(num_classes).to(args.device).eval()
+            classifier.load_state_dict(torch.load(output_dir / CLASSIFIER_NAME, weights_only=True))
+        else:
+            train_images, train_labels, _ = load_images(args.data, args.train_split, size)
+            classifier = train_classifier(train_images, train_labels, num_classes, args.epochs, args.device)
+            torch.save(classifier.state_dict(), output_dir / CLASSIFIER_NAME)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+    def share_correct(images, labels):
+        return (classify(classifier, images, args.device) == labels).float().mean().item()
+
+    tokenizer = pipe.vqvae.float()
+    decoded = [
+        decode_tokens(tokenizer, encode_images(tokenizer, batch.to(args.device))).cpu()
+        for batch in test_images.split(500)
+    ]
+    result = {
+        "model": args.model,
+        "data": args.data,
+        "num_images": args.num_images,
+        "num_inference_steps": args.num_inference_steps,
+        "scheduler": type(pipe.scheduler).__name__,
+        "classifier_accuracy_on_real_images": share_correct(test_images, test_labels),
+        "classifier_accuracy_on_reconstructions": share_correct(torch.cat(decoded), test_labels),
+        "agreement": {},
+    }
+    print(f"classifier on {len(test_images)} real test images: {result['classifier_accuracy_on_real_images']:.1%}")
+    print(f"classifier on their reconstructions: {result['classifier_accuracy_on_reconstructions']:.1%}")
+
+    pipe.set_progress_bar_config(disable=True)
+    labels = torch.arange(num_classes).repeat_interleave(args.num_images // num_classes)
+    for guidance_scale in args.guidance_scale:
+        batches, start = [], time.perf_counter()
+        for first in tqdm(range(0, args.num_images, args.batch_size), desc=f"sampling at guidance {guidance_scale}"):
+            rows = labels[first : first + args.batch_size]
+            generators = [torch.Generator().manual_seed(args.seed + first + i) for i in range(len(rows))]
+            images = pipe(
+                rows,
+                guidance_scale=guidance_scale,
+                num_inference_steps=args.num_inference_steps,
+                generator=generators,
+                output_type="pt",
+            ).images
+            batches.append(images.float().cpu() * 2 - 1)
+        right = (classify(classifier, torch.cat(batches), args.device) == labels).float()
+        of_class = {name: right[labels == i].mean().item() for i, name in enumerate(names)}
+        result["agreement"][str(guidance_scale)] = {
+            "all": right.mean().item(),
+            **of_class,
+            "images_per_second": args.num_images / (time.perf_counter() - start),
+        }
+        print(
+            f"guidance {guidance_scale}: {right.mean():.1%}  " + "  ".join(f"{n} {v:.0%}" for n, v in of_class.items())
+        )
+    path = output_dir / "result.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"Wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,393 @@
+"""
+Train a masked generative transformer on images of classes.
+
+    accelerate launch training/train_maskgit.py --config configs/maskgit_fashion_mnist.yaml
+    accelerate launch training/train_maskgit.py --config configs/maskgit_fashion_mnist.yaml debug=true output_dir=outputs/try
+
+The final pipeline is in output_dir/pipeline: `maskgit sample --model output_dir/pipeline`.
+"""
+
+import dataclasses
+import inspect
+import time
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from accelerate.logging import get_logger
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from maskgit import HaltonScheduler, MaskGitDiTTransformer2DModel, MaskGitPipeline
+from maskgit.data import TOKEN_DATASET_INFO, ImageDataset, TokenDataset, load_image_dataset
+from maskgit.images import make_grid
+from maskgit.masking import MaskedDataset, masked_token_loss
+from maskgit.tokenization import encode_images, load_tokenizer
+from maskgit.training_utils import (
+    RunOptions,
+    check_keys,
+    load_checkpoint,
+    load_options,
+    make_accelerator,
+    make_lr_scheduler,
+    make_train_loader,
+    option,
+    save_checkpoint,
+    start_run,
+    start_trackers,
+    training_batches,
+    user_errors,
+)
+
+
+logger = get_logger(__name__)
+
+
+@dataclasses.dataclass(kw_only=True)
+class MaskGitOptions(RunOptions):
+    debug_values: ClassVar[dict] = {
+        "max_train_steps": 20,
+        "lr_warmup_steps": 2,
+        "train_batch_size": 8,
+        "validation_steps": 10,
+        "checkpointing_steps": 10,
+        "log_every": 1,
+        "num_inference_steps": 4,
+        "model.hidden_size": 64,
+        "model.num_layers": 2,
+        "model.num_attention_heads": 4,
+        "model.intermediate_size": 128,
+    }
+    must_match: ClassVar[tuple[str, ...]] = (
+        *RunOptions.must_match,
+        "data",
+        "split",
+        "model",
+        "masking_schedule",
+        "label_drop",
+        "ema_decay",
+    )
+
+    data: str = option(
+        help="A token dataset made by encode_dataset.py, or images: a folder, webdataset shards, a name on the Hub."
+    )
+    split: str = option("train", help="Split of the data to train on.")
+    validation_split: str | None = option(
+        None, help="Split on which loss and accuracy are measured, with the same masks each time; null: none."
+    )
+    tokenizer: str | None = option(
+        None, help="Folder or Hub id of the tokenizer; null: the one that the token dataset was made with."
+    )
+    image_size: int | None = option(None, help="Side of the images in pixels, when data holds images.")
+    random_flip: bool = option(False, help="Mirror half of the images, when data holds images.")
+
+    model: dict = option(
+        {}, help="Arguments of MaskGitDiTTransformer2DModel; codebook, classes and grid are those of the data."
+    )
+    pretrained_model: str | None = option(
+        None, help="Start from this pipeline's transformer (folder or Hub id) instead of random weights."
+    )
+
+    masking_schedule: str = option("arccos", help="Distribution of the masking ratio: arccos, cosine, linear, ...")
+    label_drop: float = option(0.1, help="Share of the images that is trained without class, for guidance.")
+    loss_on: Literal["all", "masked"] = option("all", help="Loss at all positions, or at the masked ones only.")
+    label_smoothing: float = option(0.0, help="Label smoothing of the loss.")
+    adam_beta1: float = option(0.9, help="First beta of AdamW.")
+    adam_beta2: float = option(0.999, help="Second beta of AdamW.")
+    adam_weight_decay: float = option(0.03, help="Weight decay of AdamW, on every parameter.")
+    ema_decay: float | None = option(
+        None, help="Decay of the average of the weights that is sampled from and saved; null: no average."
+    )
+    gradient_checkpointing: bool = option(False, help="Recompute blocks in the backward pass: slower, less memory.")
+    compile: bool = option(False, help="torch.compile the transformer.")
+
+    guidance_scale: float = option(2.0, help="Guidance of the samples, and default of the saved pipeline; 1: off.")
+    num_inference_steps: int = option(32, help="Steps of the samples, and default of the saved pipeline.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        allowed = set(inspect.signature(MaskGitDiTTransformer2DModel.__init__).parameters) - {"self"}
+        check_keys(self.model, allowed - {"codebook_size", "num_classes", "sample_size"}, "option in model,")
+        for name in ("label_drop", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give a number from 0 to 1.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: give a number between 0 and 1, or null.")
+        if self.guidance_scale < 0 or self.num_inference_steps < 1:
+            raise ValueError("guidance_scale must be 0 or more, num_inference_steps 1 or more.")
+        if self.guidance_scale != 1 and self.label_drop == 0:
+            raise ValueError(
+                "guidance_scale other than 1 needs a label_drop above 0: only then is 'no class' trained."
+            )
+
+
+def load_data(options: MaskGitOptions):
+    """The tokenizer, the training and validation images or tokens, their label names and their token grid."""
+    splits = [options.split] + ([options.validation_split] if options.validation_split else [])
+    if (Path(options.data) / TOKEN_DATASET_INFO).is_file():
+        sets = [TokenDataset(options.data, split) for split in splits]
+        tokenizer = load_tokenizer(options.tokenizer or sets[0].tokenizer)
+        names, grid = sets[0].label_names, sets[0].grid_size
+        if tokenizer.config.num_vq_embeddings != sets[0].codebook_size:
+            raise ValueError(
+                f"{options.data} was made with {sets[0].codebook_size} codes, but the tokenizer has "
+                f"{tokenizer.config.num_vq_embeddings}: give the tokenizer that it was made with."
+            )
+    else:
+        if options.tokenizer is None or options.image_size is None:
+            raise ValueError(f"{options.data} is no token dataset; training on images needs tokenizer and image_size.")
+        tokenizer = load_tokenizer(options.tokenizer)
+        images = [load_image_dataset(options.data, split) for split in splits]
+        if "label" not in images[0].features:
+            raise ValueError(f"{options.data} has no labels: put the images of each class into a folder of its own.")
+        names = images[0].features["label"].names
+        flips = [options.random_flip, False]
+        sets = [
+            ImageDataset(dataset, options.image_size, random_flip=flip, seed=options.seed)
+            for dataset, flip in zip(images, flips)
+        ]
+        factor = 2 ** (len(tokenizer.config.block_out_channels) - 1)
+        if options.image_size % factor:
+            raise ValueError(
+                f"image_size={options.image_size} must be a multiple of {factor}, the tokenizer's factor."
+            )
+        grid = (options.image_size // factor,) * 2
+    return tokenizer, sets[0], sets[1] if len(sets) > 1 else None, names, grid
+
+
+def make_transformer(options: MaskGitOptions, codebook_size: int, num_classes: int, grid: tuple[int, int]):
+    sizes = {"codebook_size": codebook_size, "num_classes": num_classes}
+    sample_size = grid[0] if grid[0] == grid[1] else grid
+    if options.pretrained_model is None:
+        return MaskGitDiTTransformer2DModel(**sizes, sample_size=sample_size, **options.model)
+    config = MaskGitDiTTransformer2DModel.load_config(options.pretrained_model, subfolder="transformer")
+    if config["codebook_size"] != codebook_size:
+        raise ValueError(
+            f"{options.pretrained_model} predicts {config['codebook_size']} codes, but the tokenizer has {codebook_size}: "
+            "encode the images with the tokenizer of the pretrained model."
+        )
+    if config["num_classes"] != num_classes:
+        logger.warning(f"{num_classes} classes instead of {config['num_classes']}: their embeddings start at random.")
+    transformer = MaskGitDiTTransformer2DModel.from_pretrained(
+        options.pretrained_model,
+        subfolder="transformer",
+        num_classes=num_classes,
+        ignore_mismatched_sizes=True,
+        low_cpu_mem_usage=False,
+        **options.model,
+    )
+    if transformer.config.sample_size != sample_size:
+        transformer.resize_position_embeddings(sample_size)
+    return transformer
+
+
+def make_optimizer(options: MaskGitOptions, transformer: torch.nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        transformer.parameters(),
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+    )
+
+
+class Trainer:
+    """One training run: what its steps share."""
+
+    def __init__(self, options: MaskGitOptions):
+        self.options = options
+        self.accelerator = make_accelerator(options)
+        with user_errors():
+            self.tokenizer, train_set, validation_set, self.label_names, self.grid = load_data(options)
+            num_tokens = self.grid[0] * self.grid[1]
+            self.codebook_size, self.num_classes = self.tokenizer.config.num_vq_embeddings, len(self.label_names)
+            masking = (num_tokens, options.masking_schedule, options.label_drop, options.seed)
+            transformer = make_transformer(options, self.codebook_size, self.num_classes, self.grid)
+            checkpoint = start_run(self.accelerator, options)
+            self.loader = make_train_loader(self.accelerator, options, MaskedDataset(train_set, *masking))
+
+        self.validation_loader = None
+        if validation_set is not None:
+            loader = torch.utils.data.DataLoader(MaskedDataset(validation_set, *masking), options.train_batch_size)
+            self.validation_loader = self.accelerator.prepare(loader)
+        self.tokenizer.to(self.accelerator.device).requires_grad_(False)
+        if options.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        self.ema = None
+        if options.ema_decay is not None:
+            self.ema = EMAModel(transformer.parameters(), decay=options.ema_decay, foreach=True)
+            self.ema.to(self.accelerator.device)
+            self.accelerator.register_for_checkpointing(self.ema)
+        optimizer = make_optimizer(options, transformer)
+        if options.compile:
+            transformer = torch.compile(transformer)
+        self.transformer, self.optimizer = self.accelerator.prepare(transformer, optimizer)
+        self.lr_scheduler = make_lr_scheduler(self.accelerator, options, self.optimizer)
+        self.step = load_checkpoint(self.accelerator, checkpoint) if checkpoint is not None else 0
+        start_trackers(self.accelerator, options, "maskgit")
+
+    def loss(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens = batch["input_ids"] if "input_ids" in batch else encode_images(self.tokenizer, batch["pixel_values"])
+        return masked_token_loss(
+            self.transformer,
+            tokens,
+            batch["label"],
+            batch["mask"],
+            batch["drop_label"],
+            codebook_size=self.codebook_size,
+            num_classes=self.num_classes,
+            loss_on=self.options.loss_on,
+            label_smoothing=self.options.label_smoothing,
+        )
+
+    def train_step(self, batches: list[dict]) -> dict[str, torch.Tensor]:
+        """One optimizer step on the batches that are accumulated: sums over all processes, and the gradient norm."""
+        accelerator = self.accelerator
+        counted = torch.stack([batch["mask"].sum() for batch in batches]).sum()
+        if self.options.loss_on == "all":
+            counted = torch.tensor(sum(batch["mask"].numel() for batch in batches), device=accelerator.device)
+        # The mean over all processes and accumulated batches together, whatever each one's share of masked tokens. Both
+        # accelerate and DDP divide; their factors are put back.
+        total = accelerator.reduce(counted.float()).clamp(min=1)
+        scale = accelerator.num_processes * len(batches) / total
+        sums = {"loss": 0.0, "correct": 0.0, "masked": 0.0}
+        for batch in batches:
+            with accelerator.accumulate(self.transformer):
+                loss, _, num_correct = self.loss(batch)
+                accelerator.backward(loss * scale)
+                sums["loss"] += loss.detach() / total
+                sums["correct"] += num_correct
+                sums["masked"] += batch["mask"].sum()
+                if accelerator.sync_gradients and self.options.max_grad_norm is not None:
+                    sums["grad_norm"] = accelerator.clip_grad_norm_(
+                        self.transformer.parameters(), self.options.max_grad_norm
+                    )
+                self.optimizer.step()
+                self.lr_scheduler.step()
+                self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(self.transformer.parameters())
+        self.step += 1
+        return sums
+
+    def train(self):
+        options, accelerator = self.options, self.accelerator
+        accumulation = options.gradient_accumulation_steps
+        batches = training_batches(self.loader, self.step * accumulation)
+        images_per_step = options.train_batch_size * accumulation * accelerator.num_processes
+        bar = tqdm(
+            total=options.max_train_steps, initial=self.step, desc="steps", disable=not accelerator.is_main_process
+        )
+        history, start = [], time.perf_counter()
+        while self.step < options.max_train_steps:
+            learning_rate = self.lr_scheduler.get_last_lr()[0]
+            history.append(self.train_step([next(batches) for _ in range(accumulation)]))
+            bar.update()
+            if self.step % options.log_every == 0 or self.step == options.max_train_steps:
+                speed = len(history) * images_per_step / (time.perf_counter() - start)
+                logs = self.summarize(history) | {"learning_rate": learning_rate, "images_per_second": speed}
+                accelerator.log(logs, step=self.step)
+                bar.set_postfix(
+                    loss=f"{logs['loss']:.3f}", accuracy=f"{logs['masked_accuracy']:.1%}", images_s=f"{speed:.0f}"
+                )
+                history, start = [], time.perf_counter()
+            if options.checkpointing_steps and self.step % options.checkpointing_steps == 0:
+                save_checkpoint(accelerator, options, self.step)
+            last = self.step == options.max_train_steps
+            if last or (options.validation_steps and self.step % options.validation_steps == 0):
+                self.validate()
+                start = time.perf_counter()
+        bar.close()
+        if accelerator.is_main_process:
+            with self.averaged_weights():
+                self.save_pipeline()
+        accelerator.end_training()
+
+    def summarize(self, history: list[dict]) -> dict[str, float]:
+        """Means over the steps since the last log and over all processes."""
+        sums = {
+            name: self.accelerator.reduce(torch.stack([entry[name] for entry in history]).sum().float()).item()
+            for name in ("loss", "correct", "masked")
+        }
+        logs = {
+            "loss": sums["loss"] / len(history),
+            "masked_accuracy": sums["correct"] / max(sums["masked"], 1),
+            "chance_accuracy": 1 / self.codebook_size,
+        }
+        if "grad_norm" in history[-1]:
+            logs["grad_norm"] = float(history[-1]["grad_norm"])
+        return logs
+
+    def averaged_weights(self):
+        """The averaged weights in place of the trained ones, inside a `with`."""
+        return AveragedWeights(self.ema, self.transformer)
+
+    @torch.no_grad()
+    def validate(self):
+        """Measure loss and accuracy on the validation split, and sample two images of each of the first ten classes."""
+        self.transformer.eval()
+        with self.averaged_weights():
+            if self.validation_loader is not None:
+                totals = torch.zeros(4, device=self.accelerator.device)
+                for batch in self.validation_loader:
+                    loss, count, num_correct = self.loss(batch)
+                    totals += torch.stack([loss, count, num_correct, batch["mask"].sum()]).float()
+                loss, count, num_correct, num_masked = self.accelerator.reduce(totals).tolist()
+                logs = {"validation_loss": loss / count, "validation_masked_accuracy": num_correct / num_masked}
+                self.accelerator.log(logs, step=self.step)
+                logger.info(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in logs.items()))
+            if self.accelerator.is_main_process:
+                self.sample_images()
+        self.accelerator.wait_for_everyone()
+        self.transformer.train()
+
+    def make_pipeline(self) -> MaskGitPipeline:
+        return MaskGitPipeline(
+            transformer=self.accelerator.unwrap_model(self.transformer, keep_torch_compile=False),
+            vqvae=self.tokenizer,
+            scheduler=HaltonScheduler(mask_token_id=self.codebook_size),
+            id2label=dict(enumerate(self.label_names)),
+            call_defaults={
+                "guidance_scale": self.options.guidance_scale,
+                "num_inference_steps": self.options.num_inference_steps,
+            },
+        )
+
+    def sample_images(self):
+        pipeline = self.make_pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        labels = list(range(min(self.num_classes, 10)))
+        generators = [torch.Generator().manual_seed(seed) for seed in range(2 * len(labels))]
+        images = pipeline(labels, num_images_per_label=2, generator=generators).images
+        grid = make_grid(images[0::2] + images[1::2], columns=len(labels))
+        path = Path(self.options.output_dir) / "samples" / f"step-{self.step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                pixels = pipeline.image_processor.pil_to_numpy(grid)
+                tracker.writer.add_images("samples", pixels, self.step, dataformats="NHWC")
+
+    def save_pipeline(self):
+        folder = Path(self.options.output_dir) / "pipeline"
+        self.make_pipeline().save_pretrained(folder)
+        print(f"Saved the pipeline. Sample from it: maskgit sample --model {folder}")
+
+
+class AveragedWeights:
+    """Context in which a model has the weights of its moving average; without an average it does nothing."""
+
+    def __init__(self, ema: EMAModel | None, model: torch.nn.Module):
+        self.ema, self.parameters = ema, list(model.parameters())
+
+    def __enter__(self):
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+
+    def __exit__(self, *error):
+        if self.ema is not None:
+            self.ema.restore(self.parameters)
+
+
+if __name__ == "__main__":
+    Trainer(load_options(MaskGitOptions)).train()
