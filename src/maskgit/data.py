@@ -35,20 +35,19 @@ def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
     try:
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
             dataset = datasets.load_from_disk(source)
-            if isinstance(dataset, datasets.DatasetDict):
-                if split not in dataset:
-                    raise ValueError(f"{source!r} has no split {split!r}, only {', '.join(dataset)}.")
-                dataset = dataset[split]
-        elif not folder.is_dir():
-            dataset = datasets.load_dataset(source, split=split)
-        elif any(folder.rglob("*.parquet")):
+        elif not folder.is_dir() or any(folder.rglob("*.parquet")):
             dataset = datasets.load_dataset(source, split=split)
         elif any(folder.rglob("*.tar")):
             dataset = datasets.load_dataset("webdataset", data_dir=source, split=split)
         else:
             dataset = datasets.load_dataset("imagefolder", data_dir=source, split=split)
-    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError, OSError) as error:
-        raise ValueError(f"cannot read images from {source!r}: {str(error).splitlines()[0]}") from None
+    except (datasets.exceptions.DatasetNotFoundError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot read split {split!r} of images from {source!r}: {reason}") from None
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise ValueError(f"{source!r} has no split {split!r}, only {', '.join(dataset)}.")
+        dataset = dataset[split]
 
     images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if not images:
