@@ -1,0 +1,280 @@
+# Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
+"""Transformers of Halton-MaskGIT (Besnier et al., ICLR 2025, arXiv 2503.17076; github.com/valeoai/Halton-MaskGIT)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..model_card import MODEL_ID, write_model_card
+from .checkpoints import ConversionError, Converted, Rename, common_size, count_indices, rename_tensors
+
+
+# Heads cannot be read from tensors. The published sizes, hidden size -> heads:
+PUBLISHED_HEADS = {384: 6, 512: 6, 768: 12, 1024: 16, 1152: 16}
+
+
+@dataclass(frozen=True)
+class PublishedResult:
+    """A row of the authors' table: ImageNet, 50,000 images, Halton scheduler, 32 steps, guidance weight w of the paper."""
+
+    name: str
+    image_size: int
+    guidance_weight: float
+    fid: float
+    inception_score: int
+    downsampling: int = 16
+    num_inference_steps: int = 32
+
+
+# (hidden size, layers, tokens a side) -> result
+PUBLISHED_RESULTS = {
+    (384, 6, 16): PublishedResult("tiny", 256, 1.5, 10.2, 185),
+    (512, 12, 16): PublishedResult("small", 256, 1.0, 6.40, 255),
+    (768, 12, 16): PublishedResult("base", 256, 0.7, 4.17, 263),
+    (512, 12, 24): PublishedResult("small", 384, 1.0, 6.11, 241),
+    (768, 12, 24): PublishedResult("base", 384, 0.7, 4.15, 257),
+    (1024, 24, 24): PublishedResult("large", 384, 0.5, 2.59, 281),
+}
+
+
+def published_result(config: Mapping) -> PublishedResult | None:
+    """The published result of a transformer of this config; None for other sizes, codebooks or numbers of classes."""
+    if (config["codebook_size"], config["num_classes"]) != (16384, 1000):
+        return None
+    return PUBLISHED_RESULTS.get((config["hidden_size"], config["num_layers"], config["sample_size"]))
+
+
+def _renames(weights: Mapping[str, torch.Tensor]) -> list[Rename]:
+    num_layers = count_indices(weights, "transformer.layers.")
+    layers = [f"transformer.layers.{i}." for i in range(num_layers)]
+    hidden = common_size(
+        weights,
+        [("tok_emb.weight", 1), ("pos_emb.weight", 1), ("cls_emb.weight", 1), ("head.weight", 1)]
+        + [("last_norm.norm_final.weight", 0), ("last_norm.norm_final.bias", 0), ("last_norm.mlp.1.weight", 1)]
+        + [(f"{layer}ln{n}.weight", 0) for layer in layers for n in (1, 2)],
+    )
+    vocabulary = common_size(weights, [("tok_emb.weight", 0), ("head.weight", 0), ("head.bias", 0)])
+    inner = common_size(
+        weights, [(f"{layer}attn.{w}.weight", w == "wo") for layer in layers for w in ("wq", "wk", "wv", "wo")]
+    )
+    intermediate = common_size(
+        weights, [(f"{layer}ff.{w}.weight", w == "w2") for layer in layers for w in ("w1", "w2", "w3")]
+    )
+
+    renames = [
+        Rename("tok_emb.weight", "token_embed.weight", (vocabulary, hidden)),
+        Rename("pos_emb.weight", "position_embed.weight", (0, hidden)),
+        Rename("cls_emb.weight", "class_embed.weight", (0, hidden)),
+        Rename("last_norm.norm_final.weight", "norm_out.weight", (hidden,)),
+        Rename("last_norm.norm_final.bias", "norm_out.bias", (hidden,)),
+        Rename("last_norm.mlp.1.weight", "adaln_out.weight", (2 * hidden, hidden)),
+        Rename("last_norm.mlp.1.bias", "adaln_out.bias", (2 * hidden,)),
+        Rename("head.weight", "head.weight", (vocabulary, hidden)),
+        Rename("head.bias", "output_bias", (vocabulary,)),
+    ]
+    if "reg_tokens.weight" in weights:
+        renames.append(Rename("reg_tokens.weight", "register_embed.weight", (0, hidden)))
+    for i, layer in enumerate(layers):
+        block = f"transformer_blocks.{i}."
+        renames += [
+            Rename(layer + "mlp.1.weight", block + "adaln.weight", (6 * hidden, hidden)),
+            Rename(layer + "mlp.1.bias", block + "adaln.bias", (6 * hidden,)),
+            Rename(layer + "ln1.weight", block + "norm1.weight", (hidden,)),
+            Rename(layer + "attn.wq.weight", block + "attn.to_q.weight", (inner, hidden)),
+            Rename(layer + "attn.wk.weight", block + "attn.to_k.weight", (inner, hidden)),
+            Rename(layer + "attn.wv.weight", block + "attn.to_v.weight", (inner, hidden)),
+            Rename(layer + "attn.wo.weight", block + "attn.to_out.0.weight", (hidden, inner)),
+            Rename(layer + "ln2.weight", block + "norm2.weight", (hidden,)),
+            # w2(silu(w1 x) * w3 x): diffusers' SwiGLU stacks the value above the gate.
+            Rename(layer + "ff.w3.weight", block + "ff.net.0.proj.weight", (intermediate, hidden)),
+            Rename(layer + "ff.w1.weight", block + "ff.net.0.proj.weight", (intermediate, hidden)),
+            Rename(layer + "ff.w2.weight", block + "ff.net.2.weight", (hidden, intermediate)),
+        ]
+    return renames
+
+
+def _check_heads(num_attention_heads: int | None, hidden_size: int, inner_size: int) -> int:
+    fitting = [n for n in range(1, hidden_size + 1) if n * (hidden_size // n) == inner_size]
+    fits = f"attn.wq has {inner_size} rows for {hidden_size} channels, which fits {', '.join(map(str, fitting)) or 'no'} heads"
+    if num_attention_heads is None:
+        if hidden_size not in PUBLISHED_HEADS:
+            raise ConversionError(
+                f"no published model is {hidden_size} channels wide, so the number of attention heads is not known: give it "
+                f"as --num_attention_heads N ({fits})."
+            )
+        num_attention_heads = PUBLISHED_HEADS[hidden_size]
+        if num_attention_heads not in fitting:
+            raise ConversionError(
+                f"published models of {hidden_size} channels have {num_attention_heads} heads, this one has not ({fits}): "
+                "give --num_attention_heads N."
+            )
+    if num_attention_heads not in fitting:
+        raise ConversionError(f"{num_attention_heads} attention heads do not fit: {fits}.")
+    return num_attention_heads
+
+
+def convert_halton_transformer(
+    weights: Mapping[str, torch.Tensor],
+    num_attention_heads: int | None = None,
+    sample_size: tuple[int, int] | None = None,
+) -> Converted:
+    """
+    The published transformer as a `MaskGitDiTTransformer2DModel`.
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`): The checkpoint's `model_state_dict`.
+        num_attention_heads (`int`, *optional*): Heads, which cannot be read from the tensors. Defaults to those of the
+            published model of the same width.
+        sample_size (`tuple[int, int]`, *optional*): Height and width of the token grid. Defaults to a square.
+    """
+    state_dict = rename_tensors(weights, _renames(weights), "Halton-MaskGIT transformer")
+    if not torch.equal(state_dict.pop("head.weight"), state_dict["token_embed.weight"]):
+        raise ConversionError(
+            "head.weight differs from tok_emb.weight, but Halton-MaskGIT ties them: this is another model."
+        )
+    hidden_size = state_dict["token_embed.weight"].shape[1]
+    num_positions = len(state_dict["position_embed.weight"])
+    side = math.isqrt(num_positions)
+    if sample_size is not None:
+        if math.prod(sample_size) != num_positions:
+            raise ConversionError(
+                f"--sample_size {' '.join(map(str, sample_size))} is a grid of {math.prod(sample_size)} tokens, but "
+                f"pos_emb.weight has {num_positions} positions."
+            )
+    elif side * side != num_positions:
+        raise ConversionError(
+            f"pos_emb.weight has {num_positions} positions, which is no square grid: give its --sample_size H W."
+        )
+    if sample_size is None or sample_size[0] == sample_size[1]:
+        sample_size = side
+
+    config = {
+        "codebook_size": len(state_dict["token_embed.weight"]) - 1,  # and the mask
+        "num_classes": len(state_dict["class_embed.weight"]) - 1,  # and "no class"
+        "sample_size": sample_size,
+        "hidden_size": hidden_size,
+        "num_layers": count_indices(weights, "transformer.layers."),
+        "num_attention_heads": _check_heads(
+            num_attention_heads, hidden_size, len(state_dict["transformer_blocks.0.attn.to_q.weight"])
+        ),
+        "intermediate_size": state_dict["transformer_blocks.0.ff.net.2.weight"].shape[1],
+        "num_register_tokens": len(state_dict.get("register_embed.weight", ())),
+        "has_null_class": True,
+    }
+    return Converted(config, state_dict, ["head.weight (the same as tok_emb.weight)"])
+
+
+def check_fit(transformer: Mapping, tokenizer: Mapping) -> None:
+    """Raises a `ConversionError` unless the transformer, by its config, predicts this tokenizer's codes."""
+    if transformer["codebook_size"] != tokenizer["num_vq_embeddings"]:
+        raise ConversionError(
+            f"the transformer predicts {transformer['codebook_size']} codes, but the tokenizer has "
+            f"{tokenizer['num_vq_embeddings']}: they do not belong together."
+        )
+    published = published_result(transformer)
+    factor = 2 ** (len(tokenizer["block_out_channels"]) - 1)
+    if published is not None and factor != published.downsampling:
+        raise ConversionError(
+            f"the transformer is the published {published.name} for {published.image_size} pixels, of a tokenizer that "
+            f"makes one token of {published.downsampling} x {published.downsampling} pixels (vq_ds16_c2i.pt), but this "
+            f"tokenizer makes one of {factor} x {factor}: they do not belong together."
+        )
+
+
+def call_defaults(transformer: Mapping) -> dict | None:
+    """The settings of the published result of this size, as arguments of a pipeline's call."""
+    published = published_result(transformer)
+    if published is None:
+        return None
+    return {
+        "guidance_scale": round(1 + published.guidance_weight, 4),
+        "num_inference_steps": published.num_inference_steps,
+    }
+
+
+CITATIONS = {
+    "transformer": """\
+@inproceedings{besnier2025halton,
+  title     = {Halton Scheduler for Masked Generative Image Transformer},
+  author    = {Besnier, Victor and Chen, Mickael and Hurych, David and Valle, Eduardo and Cord, Matthieu},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025}
+}
+""",
+    "vqvae": """\
+@article{sun2024autoregressive,
+  title   = {Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation},
+  author  = {Sun, Peize and Jiang, Yi and Chen, Shoufa and Zhang, Shilong and Peng, Bingyue and Luo, Ping and Yuan, Zehuan},
+  journal = {arXiv preprint arXiv:2406.06525},
+  year    = {2024}
+}
+""",
+}
+
+
+def write_card(folder: Path, transformer: Mapping | None, tokenizer: Mapping | None, model_id: str = MODEL_ID) -> None:
+    """The model card of a converted transformer, tokenizer or both, given by their configs."""
+    title, summary, base_model, licences, conversion, sections = "LlamaGen tokenizer", "", [], [], [], {}
+    if transformer is not None:
+        title = "Halton-MaskGIT"
+        summary = (
+            "A class-conditional masked generative image transformer in the format of "
+            "[Halton-MaskGIT](https://github.com/valeoai/Halton-MaskGIT) ([paper](https://arxiv.org/abs/2503.17076)), "
+            "converted for diffusers. "
+        )
+        licences.append("Halton-MaskGIT, code and weights: MIT.")
+        conversion.append(
+            "The two input matrices of each feed-forward layer were joined, and the output matrix, a copy of the token "
+            "embedding, was left out; all other tensors were renamed only. On small random checkpoints the converted "
+            "model's logits agree with those of the published code to 2e-4 (float32, CPU)."
+        )
+        published = published_result(transformer)
+        if published is not None:
+            title += f" {published.name}, {published.image_size} px"
+            base_model.append("llvictorll/Halton-Maskgit")
+            sections["Results"] = (
+                "Published by the authors for their model of this size, not measured on this conversion: ImageNet, 50,000 "
+                "images, Halton scheduler.\n\n"
+                "| steps | guidance_scale (1 + the paper's w) | FID | inception score |\n|---|---|---|---|\n"
+                f"| {published.num_inference_steps} | {call_defaults(transformer)['guidance_scale']} | {published.fid} | "
+                f"{published.inception_score} |"
+            )
+            sections["Training"] = (
+                "ImageNet-1k, training split, as tokens of the LlamaGen tokenizer; 1.5 million steps of batch 256, by the "
+                "authors. The model knows the 1000 classes of that data only, and shares its biases."
+            )
+    if tokenizer is not None:
+        summary += (
+            "The tokenizer between images and codes is in the format of "
+            "[LlamaGen](https://github.com/FoundationVision/LlamaGen) ([paper](https://arxiv.org/abs/2406.06525)), "
+            "converted to `diffusers.VQModel`."
+        )
+        base_model.append("FoundationVision/LlamaGen")
+        licences.append("LlamaGen, code and weights: MIT.")
+        conversion.append(
+            "The tokenizer's codes were scaled to length 1, as LlamaGen does at each use. On small random checkpoints its "
+            "codes equal those of the published code, and its images agree to 1e-4 (float32, CPU)."
+        )
+    if transformer is not None:
+        licences.append("The Python files in this folder: Apache-2.0.")
+    citations = [CITATIONS[name] for name, part in {"transformer": transformer, "vqvae": tokenizer}.items() if part]
+    sections |= {
+        "Conversion": "\n\n".join(conversion),
+        "Licence": " ".join(licences),
+        "Citation": "```bibtex\n" + "\n".join(citations) + "```",
+    }
+    known = "Results" in sections
+    write_model_card(
+        folder,
+        title=title,
+        summary=summary.strip(),
+        sections=sections,
+        model_id=model_id,
+        license="mit",
+        datasets=["ILSVRC/imagenet-1k"] if known else [],
+        base_model=base_model if known or transformer is None else [],
+        metrics=["fid", "inception_score"] if known else [],
+    )
