@@ -55,7 +55,11 @@ logger = get_logger(__name__)
 class TokenizerOptions(RunOptions):
     """Options of `train_vqgan.py`, besides those of every run."""
 
-    must_match: ClassVar[tuple[str, ...]] = (*RunOptions.must_match, "model", "data", "image_size", "quantizer_loss")
+    must_match: ClassVar[tuple[str, ...]] = (
+        *RunOptions.must_match,
+        *("model", "data", "image_size", "quantizer_loss", "discriminator_learning_rate", "adam_beta1", "adam_beta2"),
+        *("discriminator_channels", "discriminator_layers"),
+    )
     debug_values: ClassVar[dict[str, Any]] = {
         "max_train_steps": 4,
         "train_batch_size": 4,
@@ -105,6 +109,9 @@ class TokenizerOptions(RunOptions):
     )
     discriminator_adaptive: bool = option(
         True, help="Scale the adversarial loss to the reconstruction's gradient at the last layer."
+    )
+    discriminator_learning_rate: float | None = option(
+        None, help="Constant rate of the discriminator; null: learning_rate."
     )
     discriminator_channels: int = option(64, help="Width of the discriminator's first layer.")
     discriminator_layers: int = option(3, help="Layers of the discriminator with stride 2.")
@@ -313,7 +320,8 @@ def main(options: TokenizerOptions):
 
     betas = (options.adam_beta1, options.adam_beta2)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=options.learning_rate, betas=betas)
-    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=options.learning_rate, betas=betas)
+    discriminator_rate = options.discriminator_learning_rate or options.learning_rate
+    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=discriminator_rate, betas=betas)
     wrapped_tokenizer, wrapped_discriminator, optimizer, discriminator_optimizer = accelerator.prepare(
         tokenizer, discriminator, optimizer, discriminator_optimizer
     )

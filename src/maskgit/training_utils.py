@@ -54,7 +54,12 @@ class RunOptions:
     """
 
     debug_values: ClassVar[dict[str, Any]] = {}
-    must_match: ClassVar[tuple[str, ...]] = ("seed", "train_batch_size", "gradient_accumulation_steps")
+    must_match: ClassVar[tuple[str, ...]] = (
+        "seed",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+    )
 
     output_dir: str = option(help="Folder for checkpoints, logs, sample images and the final model.")
     overwrite: bool = option(
@@ -335,8 +340,10 @@ def constant_with_cosine_tail(step: int, num_warmup_steps: int, num_training_ste
     return max(0.5 * (1 + math.cos(math.pi * tail)), 0.01) if tail > 0 else 1.0
 
 
-def make_lr_scheduler(accelerator: Accelerator, options: RunOptions, optimizer: torch.optim.Optimizer):
-    """The learning rate schedule of the options, prepared. Step it once per forward pass, inside `accelerator.accumulate`."""
+def make_lr_scheduler(
+    accelerator: Accelerator, options: RunOptions, optimizer: AcceleratedOptimizer
+) -> AcceleratedScheduler:
+    """The learning rate schedule of the options for a prepared optimizer. Step it with that, inside `accelerator.accumulate`."""
     # A prepared scheduler is stepped num_processes times per optimizer step.
     num_warmup_steps = options.lr_warmup_steps * accelerator.num_processes
     num_training_steps = options.max_train_steps * accelerator.num_processes
@@ -344,11 +351,11 @@ def make_lr_scheduler(accelerator: Accelerator, options: RunOptions, optimizer: 
         factor = functools.partial(
             constant_with_cosine_tail, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps
         )
-        return accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
+        return accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, factor))
     return accelerator.prepare(
         get_scheduler(
             options.lr_scheduler,
-            optimizer,
+            optimizer.optimizer,
             num_warmup_steps=num_warmup_steps,
             num_training_steps=num_training_steps,
         )
