@@ -8,6 +8,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 from . import __version__
@@ -46,6 +47,12 @@ def _file_stems(pipe: MaskGitPipeline, labels: list[int]) -> list[str]:
 
 
 @torch.no_grad()
+def _decode(pipe: MaskGitPipeline, grids: torch.LongTensor) -> list[Image.Image]:
+    """Images of token grids (N, height, width), one at a time: how a batch is rounded depends on its size."""
+    images = [pipe.decode_latents(grid[None].to(pipe.device)) for grid in grids]
+    return [pipe.image_processor.postprocess(image, output_type="pil")[0] for image in images]
+
+
 def _save_steps(pipe: MaskGitPipeline, steps: torch.LongTensor, path: Path) -> None:
     """
     Write how an image came about, as an animation and as a picture of all steps.
@@ -60,7 +67,7 @@ def _save_steps(pipe: MaskGitPipeline, steps: torch.LongTensor, path: Path) -> N
     # Under the cover are the tokens to come, so that the visible cells look as they will: one grid for all steps, if no
     # token is ever drawn again.
     grids, grid_of_step = torch.where(masked, steps[-1], steps).unique(dim=0, return_inverse=True)
-    images = pipe.image_processor.postprocess(pipe.decode_latents(grids.to(pipe.device)), output_type="pil")
+    images = _decode(pipe, grids)
     frames = [mark_masked(images[k], cells) for k, cells in zip(grid_of_step.tolist(), masked.tolist())]
     milliseconds = [max(40, 3000 // len(frames))] * (len(frames) - 1) + [2000]
     frames[0].save(path.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
@@ -101,6 +108,20 @@ def sample(
     if in_the_way:
         raise OSError(f"Cannot write '{folder / in_the_way}': there is a folder of this name.")
 
+    sampling = CALL_DEFAULTS | (pipe.config.call_defaults or {})
+    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    sampling |= {name: value for name, value in given.items() if value is not None}
+    pipe.check_inputs(
+        **sampling,
+        batch_size=1,
+        grid=(1, 1),
+        guidance_interval=(0.0, 1.0),
+        generator=[torch.Generator()],
+        latents=None,
+        output_type="latent",
+        callback_on_step_end_tensor_inputs=["latents"],
+    )
+
     steps = []
 
     def keep_tokens(pipe, step, timestep, tensors):
@@ -117,27 +138,25 @@ def sample(
             try:
                 output = pipe(
                     batch,
-                    guidance_scale=guidance_scale,
-                    num_inference_steps=num_inference_steps,
+                    **sampling,
                     generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))],
+                    output_type="latent",
                     callback_on_step_end=keep_tokens if save_steps else None,
                 )
+                images_of_batch = _decode(pipe, output.images)
             except torch.OutOfMemoryError:
                 raise ValueError(f"Out of memory with --batch_size {batch_size}: give a smaller one.") from None
             (folder / "steps" if save_steps else folder).mkdir(parents=True, exist_ok=True)
-            for i, image in enumerate(output.images):
+            for i, image in enumerate(images_of_batch):
                 image.save(folder / f"{stems[start + i]}.png")
                 if save_steps:
                     _save_steps(
                         pipe, torch.stack([tokens[i] for tokens in steps]), folder / "steps" / stems[start + i]
                     )
-            images += output.images[: MAX_IMAGES_IN_GRID - len(images)]
+            images += images_of_batch[: MAX_IMAGES_IN_GRID - len(images)]
             progress_bar.update(len(batch))
 
     make_grid(images, _grid_columns(len(class_ids), images_per_class)).save(folder / "grid.png")
-    used = CALL_DEFAULTS | (pipe.config.call_defaults or {})
-    used |= {"guidance_scale": guidance_scale} if guidance_scale is not None else {}
-    used |= {"num_inference_steps": num_inference_steps} if num_inference_steps is not None else {}
     scheduler_config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     settings = {
         "model": model,
@@ -145,7 +164,7 @@ def sample(
         "class_names": [pipe.id2label.get(class_id) for class_id in class_ids],
         "images_per_class": images_per_class,
         "seed": seed,
-        **used,
+        **sampling,
         "scheduler": type(pipe.scheduler).__name__,
         "scheduler_config": scheduler_config,
         "batch_size": batch_size,
