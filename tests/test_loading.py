@@ -74,6 +74,20 @@ def test_no_such_folder(model):
         load_pipeline(model)
 
 
+def test_model_on_the_hub(tiny_pipeline_dir, monkeypatch):
+    asked = []
+    monkeypatch.setattr(MaskGitPipeline, "download", lambda name: asked.append(name) or str(tiny_pipeline_dir))
+    assert isinstance(load_pipeline("some-user/model.v1"), MaskGitPipeline)
+    assert asked == ["some-user/model.v1"]
+
+    def fail(name):
+        raise OSError("Cannot load model\nsee above") from OSError("404 Client Error.\nRepository Not Found")
+
+    monkeypatch.setattr(MaskGitPipeline, "download", fail)
+    with pytest.raises(OSError, match="no folder 'a/b', and the Hub gives no model of this name: 404 Client Error.$"):
+        load_pipeline("a/b")
+
+
 @pytest.mark.parametrize(
     "name",
     ["model_index.json", "transformer", "vqvae", "scheduler", f"transformer/{WEIGHTS}", "vqvae/config.json"],

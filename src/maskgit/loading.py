@@ -44,9 +44,8 @@ def _find_folder(model: str) -> Path:
     try:
         return Path(MaskGitPipeline.download(model))
     except (OSError, ValueError) as error:
-        raise OSError(
-            f"There is no folder {model!r}, and it cannot be loaded from the Hub: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise OSError(f"There is no folder {model!r}, and the Hub gives no model of this name: {reason}") from error
 
 
 def _read_weight_names(folder: Path) -> dict[str, set[str]]:
