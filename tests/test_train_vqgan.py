@@ -106,22 +106,21 @@ def test_two_processes_train_as_one_with_their_batch(config, tmp_path):
 
 
 def test_unused_codes_restart_everywhere():
-    accelerator = train_vqgan.Accelerator(cpu=True)
-    codebook = torch.nn.Parameter(torch.zeros(6, 2))
+    tokenizer = train_vqgan.TrainableTokenizer(VQModel(num_vq_embeddings=6, vq_embed_dim=2), unit_codes=False)
+    codebook = tokenizer.vqvae.quantize.embedding.weight
     optimizer = torch.optim.Adam([codebook])
     codebook.grad = torch.ones(6, 2)
     optimizer.step()
     before, average = codebook.detach().clone(), torch.zeros(6, 2)
-    counter = train_vqgan.CodeCounter(6, accelerator.device)
-    counter.add(torch.tensor([[0, 2], [2, 5]]))
+    tokenizer.code_counts += torch.tensor([1, 0, 2, 0, 0, 1])
     latents = torch.rand(8, 2) + 3
-    count = train_vqgan.restart_unused_codes(accelerator, codebook, average, optimizer, counter, latents, seed=0)
-    assert count == 3 and counter.counts.sum() == 0
+    count = train_vqgan.restart_unused_codes(tokenizer, average, optimizer, latents, seed=0)
+    assert count == 3 and tokenizer.code_counts.sum() == 0
     for i in range(6):
         restarted = i in (1, 3, 4)
         assert torch.equal(codebook[i], before[i]) != restarted
         assert (latents == codebook[i]).all(-1).any() == restarted
-        assert (average[i] == (codebook[i] if restarted else 0)).all()
+        assert torch.equal(average[i], codebook[i] if restarted else torch.zeros(2))
         assert (optimizer.state[codebook]["exp_avg"][i] == 0).all() == restarted
 
 

@@ -180,13 +180,14 @@ class TrainableTokenizer(nn.Module):
     """
     A `VQModel` with what training needs from one forward pass. With `unit_codes` the encoder's outputs are normalised to length 1, as the
     codebook is kept (`normalize_codebook`): the nearest code is then the same with and without normalising, so that the trained model is a
-    plain `VQModel`.
+    plain `VQModel`. `code_counts` says how often each code was chosen, by all processes, since codes were last restarted.
     """
 
     def __init__(self, vqvae: VQModel, unit_codes: bool):
         super().__init__()
         self.vqvae = vqvae
         self.unit_codes = unit_codes
+        self.register_buffer("code_counts", torch.zeros(vqvae.config.num_vq_embeddings, dtype=torch.long))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         latents = self.vqvae.encode(images).latents
@@ -202,46 +203,28 @@ def normalize_codebook(codebook: torch.Tensor):
     codebook.copy_(F.normalize(codebook, dim=-1))
 
 
-class CodeCounter:
-    """How often each code was chosen since the last restart; a part of the checkpoints."""
-
-    def __init__(self, num_codes: int, device: torch.device):
-        self.counts = torch.zeros(num_codes, dtype=torch.long, device=device)
-
-    def add(self, indices: torch.Tensor):
-        self.counts += torch.bincount(indices.flatten(), minlength=len(self.counts))
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"counts": self.counts}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]):
-        self.counts.copy_(state["counts"])
-
-
 @torch.no_grad()
 def restart_unused_codes(
-    accelerator: Accelerator,
-    codebook: nn.Parameter,
+    tokenizer: TrainableTokenizer,
     average: torch.Tensor,
-    optimizer,
-    counter: CodeCounter,
+    optimizer: torch.optim.Optimizer,
     latents: torch.Tensor,
     seed: int,
 ) -> int:
     """
-    Replaces the codes that no process has used by encoder outputs (vectors, dim) of the current batch, drawn alike on every process, in the
-    codebook and in its moving average; their optimizer state starts anew. Returns how many.
+    Replaces the codes that were not used since the last restart by some of the given encoder outputs (vectors, dim), in the codebook and in
+    its moving average; their optimizer state starts anew. Returns how many. Alike on every process if the arguments are.
     """
-    unused = (accelerator.reduce(counter.counts) == 0).nonzero().flatten()
-    candidates = accelerator.gather(latents.detach())
+    codebook = tokenizer.vqvae.quantize.embedding.weight
+    unused = (tokenizer.code_counts == 0).nonzero().flatten()
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(candidates), (len(unused),), generator=generator).to(candidates.device)
-    codebook[unused] = candidates[chosen]
-    average[unused] = candidates[chosen].to(average.device)
+    chosen = latents[torch.randint(len(latents), (len(unused),), generator=generator).to(latents.device)]
+    for tensor in (codebook, average):
+        tensor[unused] = chosen
     for value in optimizer.state[codebook].values():
         if value.shape == codebook.shape:
             value[unused] = 0
-    counter.counts.zero_()
+    tokenizer.code_counts.zero_()
     return len(unused)
 
 
@@ -329,8 +312,7 @@ def main(options: TokenizerOptions):
     ema = EMAModel(tokenizer.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     ema.to(accelerator.device)
     codebook_index = next(i for i, parameter in enumerate(tokenizer.parameters()) if parameter is codebook)
-    counter = CodeCounter(len(codebook), accelerator.device)
-    accelerator.register_for_checkpointing(ema, counter)
+    accelerator.register_for_checkpointing(ema)
 
     step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
     start_trackers(accelerator, options, "vqgan")
@@ -349,7 +331,7 @@ def main(options: TokenizerOptions):
         adversarial = options.discriminator_start is not None and step >= options.discriminator_start
         with accelerator.accumulate(wrapped_tokenizer, wrapped_discriminator):
             reconstruction, quantizer_loss, latents, indices = wrapped_tokenizer(images)
-            counter.add(indices)
+            tokenizer.code_counts += accelerator.reduce(torch.bincount(indices, minlength=len(codebook)))
             distance = F.l1_loss if options.reconstruction_loss == "l1" else F.mse_loss
             reconstruction_loss = distance(reconstruction, images)
             losses = {"reconstruction": reconstruction_loss, "quantizer": quantizer_loss}
@@ -395,10 +377,12 @@ def main(options: TokenizerOptions):
         ema.step(tokenizer.parameters())
         logs = {}
         if options.restart_steps and step % options.restart_steps == 0 and step <= 0.8 * options.max_train_steps:
-            average = ema.shadow_params[codebook_index]
-            seed = options.seed + step
             logs["restarted_codes"] = restart_unused_codes(
-                accelerator, codebook, average, optimizer, counter, latents, seed
+                tokenizer,
+                ema.shadow_params[codebook_index],
+                optimizer,
+                accelerator.gather(latents.detach()),
+                options.seed + step,
             )
         progress.update()
         if step % options.log_every == 0 or step == options.max_train_steps:
@@ -424,6 +408,7 @@ def main(options: TokenizerOptions):
         ):
             save_checkpoint(accelerator, options, step)
 
+    progress.close()
     with averaged_weights(ema, tokenizer) as averaged:
         grid_file = Path(options.output_dir) / "grid.png"
         results = validate(accelerator, averaged, make_validation_loader(len(held_out)), grid_file)
