@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 
 from .model_card import MODEL_ID, write_model_card
 
@@ -50,6 +51,7 @@ def push_folder_to_hub(
     Returns:
         `str`: The address of the commit.
     """
+    validate_repo_id(repo_id)
     prepare_folder(folder, repo_id)
     api = HfApi()
     try:
@@ -57,7 +59,7 @@ def push_folder_to_hub(
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=commit_message, ignore_patterns=IGNORED
         )
-    except Exception as error:  # wrong name, no token, no connection, refused: the client's errors share no base class
+    except Exception as error:  # no token, no connection, refused: the client's errors share no base class
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{folder} could not be uploaded to {repo_id}: {reason}") from error
     return commit.commit_url

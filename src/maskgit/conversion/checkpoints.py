@@ -129,7 +129,7 @@ def read_weights(path: str | Path, trust_pickle: bool = False) -> tuple[dict[str
 
     entries = contents if isinstance(contents, Mapping) else {}
     others: list[str] = []
-    key = next((key for key in WEIGHTS_KEYS if isinstance(entries.get(key), Mapping)), None)
+    key = next((key for key in WEIGHTS_KEYS if entries.get(key) and isinstance(entries[key], Mapping)), None)
     if key is not None:
         others = [str(name) for name in entries if name != key]
         entries = entries[key]

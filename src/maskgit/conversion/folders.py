@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from safetensors import SafetensorError
 
 from ..pipelines import MaskGitPipeline
@@ -43,7 +43,10 @@ def new_folder(output_dir: str | Path, overwrite: bool, inputs: Sequence[str | P
             if Path(path).resolve().is_relative_to(output):
                 raise ConversionError(f"overwriting {output_dir} would delete {path}: choose another --output_dir.")
     parent = next(folder for folder in output.parents if folder.exists())
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
+    except OSError as error:
+        raise ConversionError(f"{output_dir} cannot be made: {error.strerror} ({parent}).") from None
     try:
         folder, old = staging / "new", staging / "old"
         folder.mkdir()
@@ -75,9 +78,7 @@ def _checksums(state_dict: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return {name: zlib.crc32(tensor.contiguous().numpy()) for name, tensor in state_dict.items()}
 
 
-def write_models(
-    folder: Path, models: dict[str, tuple[type[ModelMixin], Converted]], **pipeline_arguments
-) -> DiffusionPipeline | None:
+def write_models(folder: Path, models: dict[str, tuple[type[ModelMixin], Converted]], **pipeline_arguments) -> None:
     """
     Saves converted models in `folder` and loads them again, which must give the same tensors.
 
@@ -87,9 +88,6 @@ def write_models(
             pipeline, one is saved alone in its subfolder. The dict is emptied, so that the checkpoints leave memory before
             the folder is loaded.
         pipeline_arguments: What else `MaskGitPipeline` is made of.
-
-    Returns:
-        `MaskGitPipeline`, *optional*: The pipeline as loaded.
     """
     classes = {name: model_class for name, (model_class, _) in models.items()}
     checksums = {name: _checksums(converted.state_dict) for name, (_, converted) in models.items()}
@@ -115,4 +113,5 @@ def write_models(
         ]
         if problems:
             raise ConversionError(f"what was written does not load as what was converted ({'; '.join(problems[:3])}).")
-    return MaskGitPipeline.from_pretrained(folder, **loaded) if len(loaded) == 2 else None
+    if len(loaded) == 2:
+        MaskGitPipeline.from_pretrained(folder, **loaded)

@@ -139,10 +139,10 @@ def convert_halton_transformer(
     num_positions = len(state_dict["position_embed.weight"])
     side = math.isqrt(num_positions)
     if sample_size is not None:
-        if math.prod(sample_size) != num_positions:
+        if min(sample_size) < 1 or math.prod(sample_size) != num_positions:
             raise ConversionError(
-                f"--sample_size {' '.join(map(str, sample_size))} is a grid of {math.prod(sample_size)} tokens, but "
-                f"pos_emb.weight has {num_positions} positions."
+                f"--sample_size {' '.join(map(str, sample_size))} is no grid of the {num_positions} positions that "
+                "pos_emb.weight has."
             )
     elif side * side != num_positions:
         raise ConversionError(

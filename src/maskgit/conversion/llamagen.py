@@ -42,13 +42,12 @@ def _renames(
     channels: list[int],
     attention: set[int],
     layers_per_block: int,
-    image_channels: tuple[int, int],
     latent_channels: int,
     embed_dim: int,
 ) -> Iterator[Rename]:
     """`channels` of the levels from the image inwards; `attention`: the levels that have it."""
     last = len(channels) - 1
-    yield from _pair("encoder.conv_in", "encoder.conv_in", channels[0], image_channels[0], 3, 3)
+    yield from _pair("encoder.conv_in", "encoder.conv_in", channels[0], 3, 3, 3)
     for level, out_channels in enumerate(channels):
         source, target = f"encoder.conv_blocks.{level}", f"encoder.down_blocks.{level}"
         in_channels = channels[max(level - 1, 0)]
@@ -86,7 +85,7 @@ def _renames(
             convolution = (out_channels, out_channels, 3, 3)
             yield from _pair(f"{source}.upsample.conv", f"{target}.upsamplers.0.conv", *convolution)
     yield from _pair("decoder.norm_out", "decoder.conv_norm_out", channels[0])
-    yield from _pair("decoder.conv_out", "decoder.conv_out", image_channels[1], channels[0], 3, 3)
+    yield from _pair("decoder.conv_out", "decoder.conv_out", 3, channels[0], 3, 3)
 
 
 def convert_llamagen_tokenizer(weights: Mapping[str, torch.Tensor]) -> Converted:
@@ -115,10 +114,6 @@ def convert_llamagen_tokenizer(weights: Mapping[str, torch.Tensor]) -> Converted
         for level in levels
     ]
     attention = {level for level in levels if count_indices(weights, f"encoder.conv_blocks.{level}.attn.")}
-    image_channels = (
-        common_size(weights, [("encoder.conv_in.weight", 1)]),
-        common_size(weights, [("decoder.conv_out.weight", 0), ("decoder.conv_out.bias", 0)]),
-    )
     latent_channels = common_size(
         weights,
         [("encoder.conv_out.weight", 0), ("encoder.conv_out.bias", 0), ("quant_conv.weight", 1)]
@@ -129,12 +124,12 @@ def convert_llamagen_tokenizer(weights: Mapping[str, torch.Tensor]) -> Converted
         [("quantize.embedding.weight", 1), ("quant_conv.weight", 0), ("quant_conv.bias", 0)]
         + [("post_quant_conv.weight", 1)],
     )
-    renames = _renames(channels, attention, layers_per_block, image_channels, latent_channels, embed_dim)
+    renames = _renames(channels, attention, layers_per_block, latent_channels, embed_dim)
     state_dict = rename_tensors(weights, list(renames), "LlamaGen tokenizer")
 
     config = {
-        "in_channels": image_channels[0],
-        "out_channels": image_channels[1],
+        "in_channels": 3,
+        "out_channels": 3,
         "block_out_channels": channels,
         "down_block_types": [
             "AttnDownEncoderBlock2D" if level in attention else "DownEncoderBlock2D" for level in levels
