@@ -37,6 +37,7 @@ class MaskGitPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vqvae"
+    _optional_components = ["vqvae"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
