@@ -32,12 +32,13 @@ def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
         raise ValueError(
             f"there is no folder {source!r}: give a folder of images or the name of a dataset on the Hub."
         )
+    suffixes = {path.suffix for pattern in ("*.*", "*/*.*") for path in folder.glob(pattern)}
     try:
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
             dataset = datasets.load_from_disk(source)
-        elif not folder.is_dir() or any(folder.rglob("*.parquet")):
+        elif not folder.is_dir() or ".parquet" in suffixes:
             dataset = datasets.load_dataset(source, split=split)
-        elif any(folder.rglob("*.tar")):
+        elif ".tar" in suffixes:
             dataset = datasets.load_dataset("webdataset", data_dir=source, split=split)
         else:
             dataset = datasets.load_dataset("imagefolder", data_dir=source, split=split)
