@@ -79,7 +79,8 @@ def how_to_use(output_dir: str, parts: list[str]) -> str:
         return (
             "    from maskgit import MaskGitPipeline\n\n"
             f'    pipe = MaskGitPipeline.from_pretrained("{output_dir}")\n'
-            '    pipe(class_labels=1).images[0].save("sample.png")'
+            '    pipe(class_labels=1).images[0].save("sample.png")\n\n'
+            f"or: maskgit sample --model {output_dir} --classes 1"
         )
     module, name = {"transformer": ("maskgit", "MaskGitDiTTransformer2DModel"), "vqvae": ("diffusers", "VQModel")}[
         parts[0]

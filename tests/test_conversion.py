@@ -13,7 +13,7 @@ from fill import checkpoint, state_dict
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from maskgit import MaskGitDiTTransformer2DModel, MaskGitPipeline
+from maskgit import HaltonScheduler, MaskGitDiTTransformer2DModel, MaskGitPipeline
 from maskgit.conversion import convert_halton_transformer, convert_llamagen_tokenizer
 from maskgit.conversion.folders import imagenet_labels
 from maskgit.conversion.halton import call_defaults
@@ -135,6 +135,21 @@ def test_both_parts_make_a_pipeline(pipeline_dir):
     images = pipe([1, 2], num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np").images
     assert images.shape == (2, 64, 64, 3)
     assert not list(pipeline_dir.parent.glob(".*")), "the folder it was written in is still there"
+
+
+@pytest.mark.parametrize("case", ["sampling_greedy_cfg", "sampling_greedy_nocfg"])
+def test_pipeline_samples_the_published_tokens(case, pipeline_dir):
+    case = load_file(GOLDEN / "halton" / f"{case}.safetensors")
+    pipe = MaskGitPipeline.from_pretrained(pipeline_dir)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = HaltonScheduler.from_config(pipe.scheduler.config, top_k=1)
+    tokens = pipe(
+        case["in.labels"].tolist(),
+        guidance_scale=1 + case["in.guidance_w"].item(),
+        num_inference_steps=case["in.steps"].item(),
+        output_type="latent",
+    ).images
+    assert torch.equal(tokens, case["out.final_tokens"])
 
 
 def test_model_card(pipeline_dir):
@@ -282,7 +297,7 @@ def refusal(convert_weights, weights):
     return str(error.value)
 
 
-@pytest.mark.parametrize("name, step", [("transformer_odd_heads", 1), ("vq8", 40)])
+@pytest.mark.parametrize("name, step", [("transformer_odd_heads", 1), ("vq8", 80)])
 def test_each_tensor_is_checked(name, step):
     published = state_dict(manifest_of(name))
     published.pop("quantize.codebook_used", None)

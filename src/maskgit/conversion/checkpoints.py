@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -83,7 +84,7 @@ def _load_pickle(path: Path, trust_pickle: bool):
     except pickle.UnpicklingError as error:
         needed = re.search(r"GLOBAL (\S+)", str(error))
         if not needed and not is_zip:
-            raise ValueError("it was not written by torch.save") from None
+            raise
         if not trust_pickle:
             raise ConversionError(
                 f"{path} is a pickle that holds more than tensors{f' ({needed[1]})' if needed else ''}, and opening it could "
@@ -123,9 +124,9 @@ def read_weights(path: str | Path, trust_pickle: bool = False) -> tuple[dict[str
     except ConversionError:
         raise
     except Exception as error:  # the unpickler raises anything on arbitrary bytes
-        raise ConversionError(
-            f"{path} is no checkpoint, or a damaged one: {one_line(error)[:200] or type(error).__name__}"
-        ) from None
+        known = isinstance(error, (RuntimeError, OSError, safetensors.SafetensorError))  # with a message worth reading
+        reason = f" ({one_line(error).partition('. ')[0].strip(' .')})" if known else ""
+        raise ConversionError(f"{path} is no checkpoint, or a damaged one{reason}.") from None
 
     entries = contents if isinstance(contents, Mapping) else {}
     others: list[str] = []
