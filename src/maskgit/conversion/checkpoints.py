@@ -73,7 +73,8 @@ def _load_pickle(path: Path, trust_pickle: bool):
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         # Memory-mapped tensors are read without a look at their checksums.
-        damaged = zipfile.ZipFile(path).testzip()
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
         if damaged is not None:
             raise ConversionError(
                 f"{path} is damaged: the checksum of its part {damaged} is wrong. Download it again."
@@ -130,7 +131,7 @@ def read_weights(path: str | Path, trust_pickle: bool = False) -> tuple[dict[str
 
     entries = contents if isinstance(contents, Mapping) else {}
     others: list[str] = []
-    key = next((key for key in WEIGHTS_KEYS if entries.get(key) and isinstance(entries[key], Mapping)), None)
+    key = next((key for key in WEIGHTS_KEYS if isinstance(entries.get(key), Mapping) and entries[key]), None)
     if key is not None:
         others = [str(name) for name in entries if name != key]
         entries = entries[key]
