@@ -22,6 +22,7 @@ from scipy.stats import chisquare
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from maskgit import ConfidenceScheduler, HaltonScheduler, MaskGitDiTTransformer2DModel, MaskGitPipeline
+from maskgit.conversion.halton import convert_halton_transformer
 from maskgit.schedulers.scheduling_halton import halton_order
 from maskgit.schedulers.scheduling_maskgit_utils import MASKING_SCHEDULES, masking_ratio
 
@@ -498,40 +499,9 @@ def test_image_to_image_goes_on_where_the_noise_left_off(cls, config):
 @pytest.fixture(scope="module")
 def golden_transformer():
     manifest = json.loads((GOLDEN / "transformer_tiny.json").read_text())
-    source = state_dict(manifest)
-    names = {
-        "cls_emb.weight": "class_embed.weight",
-        "tok_emb.weight": "token_embed.weight",
-        "pos_emb.weight": "position_embed.weight",
-        "reg_tokens.weight": "register_embed.weight",
-        "last_norm.norm_final.weight": "norm_out.weight",
-        "last_norm.norm_final.bias": "norm_out.bias",
-        "last_norm.mlp.1.weight": "adaln_out.weight",
-        "last_norm.mlp.1.bias": "adaln_out.bias",
-        "head.bias": "output_bias",
-    }
-    weights = {ours: source[theirs] for theirs, ours in names.items()}
-    for i in range(2):
-        theirs, ours = f"transformer.layers.{i}.", f"transformer_blocks.{i}."
-        for old, new in {
-            "mlp.1.weight": "adaln.weight",
-            "mlp.1.bias": "adaln.bias",
-            "ln1.weight": "norm1.weight",
-            "ln2.weight": "norm2.weight",
-            "attn.wq.weight": "attn.to_q.weight",
-            "attn.wk.weight": "attn.to_k.weight",
-            "attn.wv.weight": "attn.to_v.weight",
-            "attn.wo.weight": "attn.to_out.0.weight",
-            "ff.w2.weight": "ff.net.2.weight",
-        }.items():
-            weights[ours + new] = source[theirs + old]
-        weights[ours + "ff.net.0.proj.weight"] = torch.cat(
-            [source[theirs + "ff.w3.weight"], source[theirs + "ff.w1.weight"]]
-        )
-    model = MaskGitDiTTransformer2DModel(
-        codebook_size=128, num_classes=10, sample_size=8, hidden_size=64, num_layers=2, num_attention_heads=4
-    )
-    model.load_state_dict(weights)
+    converted = convert_halton_transformer(state_dict(manifest), num_attention_heads=manifest["model"]["heads"])
+    model = MaskGitDiTTransformer2DModel(**converted.config)
+    model.load_state_dict(converted.state_dict)
     return model.eval()
 
 
