@@ -187,7 +187,7 @@ def test_bad_input(tiny_pipeline_dir, tmp_path, capfd, arguments, message):
     assert not folder.exists()
 
 
-def test_model_that_cannot_be_guided(tiny_pipeline_dir, tmp_path, capfd):
+def test_nothing_is_written_when_the_pipeline_refuses(tiny_pipeline_dir, tmp_path, capfd):
     model = shutil.copytree(tiny_pipeline_dir, tmp_path / "model")
     index = json.loads((model / "model_index.json").read_text())
     (model / "model_index.json").write_text(json.dumps(index | {"call_defaults": {"guidance_scale": -2.0}}))

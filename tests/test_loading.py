@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import maskgit
 from maskgit import ConfidenceScheduler, HaltonScheduler, MaskGitPipeline
-from maskgit.loading import load_pipeline
+from maskgit.loading import BUILTIN_MODELS, load_pipeline
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -35,6 +35,13 @@ def test_builtin_models_are_found_by_name(tiny_pipeline_dir, tmp_path, monkeypat
     assert isinstance(load_pipeline("builtin-other-one"), MaskGitPipeline)
     with pytest.raises(ValueError, match="no built-in model 'celebs': there are other-one"):
         load_pipeline("builtin-celebs")
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in BUILTIN_MODELS.glob("*/model_index.json")))
+def test_builtin_model_samples(name):
+    pipe = load_pipeline(f"builtin-{name}")
+    image = pipe(pipe.id2label[0], num_inference_steps=2).images[0]
+    assert image.size == (pipe.transformer.config.sample_size * pipe.vae_scale_factor,) * 2
 
 
 def test_arguments(tiny_pipeline_dir):
