@@ -56,6 +56,7 @@ def record_batches(pipe):
         ("t-shirt, top", [0]),
         ([1, "bag", 1], [1, 8, 1]),
         ((0, 9), [0, 9]),
+        (range(3, 6), [3, 4, 5]),
         (np.int64(3), [3]),
         ([np.int32(3), torch.tensor(4), np.str_("bag")], [3, 4, 8]),
         (np.array([3, 4]), [3, 4]),
@@ -311,6 +312,7 @@ def test_call_defaults_of_the_checkpoint(pipe):
     [
         ({"guidance_scale": -0.5}, "guidance_scale.*-0.5"),
         ({"guidance_scale": math.nan}, "guidance_scale"),
+        ({"guidance_scale": "3"}, "guidance_scale.*'3'"),
         ({"guidance_scale": math.inf}, "guidance_scale"),
         ({"guidance_schedule": "quadratic"}, "quadratic.*constant, linear, cosine"),
         ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"),
@@ -413,6 +415,16 @@ def test_pipeline_without_tokenizer(pipe, tmp_path):
         assert torch.equal(tokens(other, [1, 2], **arguments), expected)
         with pytest.raises(ValueError, match="output_type='latent'"):
             other(1)
+
+
+def test_from_pipe(pipe):
+    expected = tokens(pipe, [1, "bag"])
+    other = MaskGitPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert other.transformer is pipe.transformer and other.vqvae is pipe.vqvae
+    assert torch.equal(tokens(other, [1, "bag"]), expected)
+    other = MaskGitPipeline.from_pipe(pipe, scheduler=ConfidenceScheduler(mask_token_id=MASK))
+    assert type(other.scheduler) is ConfidenceScheduler and type(pipe.scheduler) is HaltonScheduler
 
 
 # Precision, devices and compilation

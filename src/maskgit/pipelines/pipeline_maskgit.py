@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -68,7 +68,7 @@ class MaskGitPipeline(DiffusionPipeline):
         """
         if hasattr(class_labels, "tolist"):  # torch or numpy, arrays or single numbers
             class_labels = class_labels.flatten().tolist()
-        elif not isinstance(class_labels, (list, tuple)):
+        elif not isinstance(class_labels, (list, tuple, range)):
             class_labels = [class_labels]
         if not class_labels:
             raise ValueError("`class_labels` is empty: give at least one class.")
@@ -122,8 +122,10 @@ class MaskGitPipeline(DiffusionPipeline):
                 f"The scheduler's mask_token_id is {self.scheduler.config.mask_token_id}, but this transformer's mask "
                 f"token is {codebook_size}: load a scheduler with mask_token_id={codebook_size}."
             )
-        if guidance_scale < 0 or not math.isfinite(guidance_scale):
-            raise ValueError(f"`guidance_scale` is {guidance_scale}, but must be at least 0; 1 is no guidance.")
+        if not isinstance(guidance_scale, Real) or guidance_scale < 0 or not math.isfinite(guidance_scale):
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale!r}, but must be a number of at least 0; 1 is no guidance."
+            )
         if guidance_scale != 1 and not self.transformer.config.has_null_class:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but this transformer was trained without a 'no class' label, which "
@@ -323,6 +325,13 @@ class MaskGitPipeline(DiffusionPipeline):
         config = self.vqvae.config
         shape = (*latents.shape, config.vq_embed_dim or config.latent_channels)
         return self.vqvae.decode(latents, force_not_quantize=True, shape=shape).sample
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        # diffusers hands over models of exactly the annotated type, and what is annotated here is their base class.
+        names, _ = cls._get_signature_keys(cls)
+        components = {name: component for name, component in pipeline.components.items() if name in names}
+        return super().from_pipe(pipeline, **components | kwargs)
 
     # The rest makes a saved folder load anywhere. Where this package is installed, `MaskGitPipeline.from_pretrained` uses
     # its classes and runs no code from the folder. Where it is not, `DiffusionPipeline.from_pretrained(...,
