@@ -19,6 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from maskgit.data import ImageDataset, load_image_dataset
+from maskgit.images import make_grid
 from maskgit.loading import load_pipeline
 from maskgit.tokenization import decode_tokens, encode_images
 
@@ -98,6 +99,10 @@ def main():
     )
     args = parser.parse_args()
 
+    output_dir = Path(args.output_dir)
+    if (output_dir / "result.json").exists() and not args.overwrite:
+        parser.error(f"{output_dir / 'result.json'} is there already: give another --output_dir, or --overwrite.")
+
     try:
         pipe = load_pipeline(args.model, device=args.device)
         num_classes = pipe.transformer.config.num_classes
@@ -108,7 +113,6 @@ def main():
         test_images, test_labels, names = load_images(args.data, args.test_split, size)
         if len(names) != num_classes:
             raise ValueError(f"{args.data} has {len(names)} classes, but the model {num_classes}.")
-        output_dir = Path(args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         set_seed(args.seed)
         if (output_dir / CLASSIFIER_NAME).exists():
@@ -157,6 +161,9 @@ def main():
                 output_type="pt",
             ).images
             batches.append(images.float().cpu() * 2 - 1)
+        shown = [i for i in range(args.num_images) if i % (args.num_images // num_classes) < 10]
+        pictures = pipe.image_processor.postprocess(torch.cat(batches)[shown], output_type="pil")
+        make_grid(pictures, columns=len(shown) // num_classes).save(output_dir / f"grid_guidance_{guidance_scale}.png")
         right = (classify(classifier, torch.cat(batches), args.device) == labels).float()
         of_class = {name: right[labels == i].mean().item() for i, name in enumerate(names)}
         result["agreement"][str(guidance_scale)] = {

@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+import yaml
 from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from tqdm.auto import tqdm
 
 from maskgit import HaltonScheduler, MaskGitDiTTransformer2DModel, MaskGitPipeline
 from maskgit.data import TOKEN_DATASET_INFO, ImageDataset, TokenDataset, load_image_dataset
 from maskgit.images import make_grid
 from maskgit.masking import MaskedDataset, masked_token_loss
+from maskgit.model_card import write_model_card
+from maskgit.publishing import push_folder_to_hub
 from maskgit.tokenization import encode_images, load_tokenizer
 from maskgit.training_utils import (
     RunOptions,
@@ -41,6 +46,8 @@ from maskgit.training_utils import (
 
 
 logger = get_logger(__name__)
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -197,6 +204,11 @@ class Trainer:
         self.options = options
         self.accelerator = make_accelerator(options)
         with user_errors():
+            if self.accelerator.distributed_type in SHARDED:
+                raise ValueError(
+                    f"{self.accelerator.distributed_type.value} is not supported: run `accelerate config` again and choose plain "
+                    "data parallel training. The largest published model fits on one GPU many times."
+                )
             self.tokenizer, train_set, validation_set, self.label_names, self.grid = load_data(options)
             num_tokens = self.grid[0] * self.grid[1]
             self.codebook_size, self.num_classes = self.tokenizer.config.num_vq_embeddings, len(self.label_names)
@@ -352,7 +364,7 @@ class Trainer:
             },
         )
 
-    def sample_images(self):
+    def sample_images(self) -> Image.Image:
         pipeline = self.make_pipeline()
         pipeline.set_progress_bar_config(disable=True)
         labels = list(range(min(self.num_classes, 10)))
@@ -366,11 +378,30 @@ class Trainer:
             if tracker.name == "tensorboard":
                 pixels = pipeline.image_processor.pil_to_numpy(grid)
                 tracker.writer.add_images("samples", pixels, self.step, dataformats="NHWC")
+        return grid
 
     def save_pipeline(self):
-        folder = Path(self.options.output_dir) / "pipeline"
+        """Write the final pipeline with a sample grid and a model card, and upload it if asked to."""
+        options = self.options
+        folder = Path(options.output_dir) / "pipeline"
         self.make_pipeline().save_pretrained(folder)
+        self.sample_images().save(folder / "grid.png")
+        images_per_step = (
+            options.train_batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
+        )
+        write_model_card(
+            folder,
+            title=Path(options.output_dir).name,
+            summary=f"A masked generative transformer for images of {self.num_classes} classes.",
+            sections={
+                "Training": f"Data `{options.data}`, {options.max_train_steps} steps of {images_per_step} images, with "
+                "`train_maskgit.py` of the package `maskgit` and these options:\n\n"
+                f"```yaml\n{yaml.safe_dump(dataclasses.asdict(options), sort_keys=False)}```"
+            },
+        )
         print(f"Saved the pipeline. Sample from it: maskgit sample --model {folder}")
+        if options.push_to_hub:
+            print(f"Uploaded it: {push_folder_to_hub(folder, options.hub_model_id)}")
 
 
 class AveragedWeights:

@@ -127,8 +127,8 @@ class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
         sample: torch.LongTensor,
         positions: torch.LongTensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        starting_mask_ratio: float | torch.Tensor = 1.0,
         return_dict: bool = True,
+        starting_mask_ratio: float | torch.Tensor = 1.0,
     ) -> MaskGitSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
         """
         Draw tokens at the masked positions and keep some. Known tokens never change.
@@ -142,9 +142,9 @@ class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
             positions (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): The positions whose logits `model_output`
                 holds: every masked one, and any known ones.
             generator (`torch.Generator` or a list of them, one an image, *optional*): Source of the random numbers.
+            return_dict (`bool`, defaults to `True`): Whether to return a `MaskGitSchedulerOutput`, else a tuple.
             starting_mask_ratio (`float` or `torch.Tensor`): Passed by diffusers' inpainting pipelines. The masked tokens
                 are counted instead.
-            return_dict (`bool`, defaults to `True`): Whether to return a `MaskGitSchedulerOutput`, else a tuple.
         """
         logits, tokens = self._flatten(model_output, sample, positions)
         step_index = self._step_index(timestep)

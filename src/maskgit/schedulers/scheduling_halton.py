@@ -167,8 +167,8 @@ class HaltonScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
         sample: torch.LongTensor,
         positions: torch.LongTensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        starting_mask_ratio: float | torch.Tensor = 1.0,
         return_dict: bool = True,
+        starting_mask_ratio: float | torch.Tensor = 1.0,
     ) -> MaskGitSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
         """
         Draw the tokens of this step's positions. Known tokens never change.
@@ -182,9 +182,9 @@ class HaltonScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
             positions (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): The result of `positions_to_predict`,
                 when `model_output` holds the logits of these positions only.
             generator (`torch.Generator` or a list of them, one an image, *optional*): Source of the random numbers.
+            return_dict (`bool`, defaults to `True`): Whether to return a `MaskGitSchedulerOutput`, else a tuple.
             starting_mask_ratio (`float` or `torch.Tensor`): Passed by diffusers' inpainting pipelines. The masked tokens
                 are counted instead.
-            return_dict (`bool`, defaults to `True`): Whether to return a `MaskGitSchedulerOutput`, else a tuple.
         """
         logits, tokens = self._flatten(model_output, sample, positions)
         step_index = self._step_index(timestep)
