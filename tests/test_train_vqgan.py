@@ -101,8 +101,13 @@ def test_two_processes_train_as_one_with_their_batch(config, tmp_path):
     if not torch.accelerator.is_available():
         assert "Num processes: 2" in done.stderr
     two = load_file(tmp_path / "two" / "vqvae" / "diffusion_pytorch_model.safetensors")
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
+    start = train(config, tmp_path / "start", *overrides, "learning_rate=0")
+    # Not weight by weight: where a gradient is nothing but rounding, Adam still makes a full step.
+    changes = {name: two[name] - start[name] for name in one}
+    expected = {name: one[name] - start[name] for name in one}
+    apart = sum((changes[name] - expected[name]).square().sum() for name in one).sqrt()
+    size = sum(change.square().sum() for change in expected.values()).sqrt()
+    assert size > 0.01 and apart < 0.02 * size, (apart, size)
 
 
 def test_unused_codes_restart_everywhere():
