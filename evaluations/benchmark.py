@@ -75,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def load(args: argparse.Namespace, dtype: str) -> MaskGitPipeline:
+    diffusers.logging.set_verbosity_error()  # a change of dtype warns of nothing
     if args.model in SIZES:
         transformer = MaskGitDiTTransformer2DModel(**SIZES[args.model]).eval()
         pipe = MaskGitPipeline(transformer, None, SCHEDULERS[args.scheduler](transformer.config.codebook_size))
@@ -277,7 +278,6 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU.")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    diffusers.logging.set_verbosity_error()
     try:
         report = benchmark(args)
         if args.output is not None:
