@@ -1,3 +1,9 @@
+import os
+
+
+# The tests' models are tiny: several threads only wait for each other, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from diffusers import VQModel

@@ -645,3 +645,13 @@ def test_switching_to_the_stock_scheduler_and_back(cls):
     with diffusers_warnings() as warnings:
         assert cls.from_config(stock.config).config.top_k == 5
     assert not warnings
+
+
+def test_a_saved_default_schedule_gives_way_to_the_other_schedulers_own(tmp_path):
+    HaltonScheduler(mask_token_id=MASK, top_k=3).save_pretrained(tmp_path)
+    halton = HaltonScheduler.from_pretrained(tmp_path)
+    confidence = ConfidenceScheduler.from_config(halton.config)
+    assert confidence.config.masking_schedule == "cosine" and confidence.config.top_k == 3
+    assert HaltonScheduler.from_config(confidence.config).config.masking_schedule == "arccos"
+    chosen = HaltonScheduler.from_config(halton.config, masking_schedule="square")
+    assert ConfidenceScheduler.from_config(chosen.config).config.masking_schedule == "square"

@@ -30,6 +30,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from maskgit.data import ImageDataset, load_image_dataset
+from maskgit.publishing import push_folder_to_hub
 from maskgit.tokenization import decode_tokens, encode_images
 from maskgit.training_utils import (
     RunOptions,
@@ -86,7 +87,9 @@ class TokenizerOptions(RunOptions):
         help="Images: a folder (of class folders, parquet, webdataset shards or saved by datasets), or a dataset on the Hub."
     )
     train_split: str = option("train", help="Split of the data to train on.")
-    validation_split: str = option("validation", help="Split of held-out images.")
+    validation_split: str | None = option(
+        None, help="Split of held-out images; null: validation_images of the training images are held out."
+    )
     validation_images: int = option(
         1000, help="Held-out images used at each validation; the last one uses all of them."
     )
@@ -275,7 +278,16 @@ def main(options: TokenizerOptions):
             options, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
         )
         images = load_image_dataset(options.data, options.train_split)
-        held_out = load_image_dataset(options.data, options.validation_split)
+        if options.validation_split is not None:
+            held_out = load_image_dataset(options.data, options.validation_split)
+        elif len(images) <= options.validation_images:
+            raise ValueError(
+                f"{options.data} has {len(images)} images, of which validation_images={options.validation_images} should be "
+                "held out: give fewer, or a validation_split."
+            )
+        else:
+            parts = images.train_test_split(test_size=options.validation_images, seed=options.seed)
+            images, held_out = parts["train"], parts["test"]
         images = ImageDataset(images, options.image_size, options.random_crop, options.random_flip, options.seed)
         loader = make_train_loader(accelerator, options, images)
         vqvae = VQModel(**options.model)
@@ -416,9 +428,10 @@ def main(options: TokenizerOptions):
         accelerator.log({f"validation/{name}": value for name, value in results.items()}, step=step)
         if accelerator.is_main_process:
             (Path(options.output_dir) / "results.json").write_text(json.dumps(results | {"step": step}) + "\n")
-            averaged.save_pretrained(
-                Path(options.output_dir) / "vqvae", push_to_hub=options.push_to_hub, repo_id=options.hub_model_id
-            )
+            folder = Path(options.output_dir) / "vqvae"
+            averaged.save_pretrained(folder)
+            if options.push_to_hub:
+                logger.info(f"uploaded: {push_folder_to_hub(folder, options.hub_model_id)}")
     accelerator.end_training()
 
 

@@ -1,5 +1,6 @@
 """What the schedulers of masked generative transformers share: masking schedules, logit shaping, and random numbers."""
 
+import inspect
 import math
 import sys
 from dataclasses import dataclass
@@ -136,6 +137,17 @@ class MaskGitSchedulerMixin:
         package = sys.modules.get(cls.__module__.rpartition(".")[0])
         ours = (getattr(package, name, None) for name in ("HaltonScheduler", "ConfidenceScheduler"))
         return list({cls, AmusedScheduler, *(scheduler for scheduler in ours if scheduler is not None)})
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        # A saved config spells out every value. The masking schedule that another scheduler has by default is no choice of
+        # the user's: it gives way to this one's default, as it does in a config that was never saved.
+        for other in cls._get_compatibles():
+            if other is not cls and other.__name__ == config_dict.get("_class_name"):
+                default = inspect.signature(other).parameters["masking_schedule"].default
+                if config_dict.get("masking_schedule") == default:
+                    config_dict = {name: value for name, value in config_dict.items() if name != "masking_schedule"}
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def _check_config(self):
         config = self.config
