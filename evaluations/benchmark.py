@@ -1,3 +1,4 @@
+# Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
 """
 Sampling speed and memory, always beside a baseline of the same run.
 
@@ -78,7 +79,9 @@ def load(args: argparse.Namespace, dtype: str) -> MaskGitPipeline:
     diffusers.logging.set_verbosity_error()  # a change of dtype warns of nothing
     if args.model in SIZES:
         transformer = MaskGitDiTTransformer2DModel(**SIZES[args.model]).eval()
-        pipe = MaskGitPipeline(transformer, None, SCHEDULERS[args.scheduler](transformer.config.codebook_size))
+        pipe = MaskGitPipeline(
+            transformer, None, SCHEDULERS[args.scheduler](mask_token_id=transformer.config.codebook_size)
+        )
         pipe.to(args.device, DTYPES[dtype])
     else:
         pipe = load_pipeline(args.model, args.scheduler, dtype, args.device)

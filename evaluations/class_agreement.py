@@ -1,10 +1,11 @@
+# Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
 """
 Does a generated image show the class that was asked for? A small classifier, trained on real images, is the judge.
 
     python evaluations/class_agreement.py --data data/fashion_mnist --model builtin --guidance_scale 1 2 3 --output_dir outputs/agreement
 
 It states the classifier's accuracy on real test images, the share of generated images that it gives the requested class,
-and the same on tokenizer reconstructions of the test images. Meant for small images: the classifier reads them at the size that the model makes.
+and the same on tokenizer reconstructions of the test images, with their PSNR (mean over images, of bytes). Meant for small images: the classifier reads them at the size that the model makes.
 """
 
 import argparse
@@ -51,9 +52,9 @@ def load_images(data: str, split: str, size: int) -> tuple[torch.Tensor, torch.T
 
 
 def train_classifier(
-    images: torch.Tensor, labels: torch.Tensor, num_classes: int, epochs: int, device: str
-) -> nn.Module:
-    classifier = make_classifier(num_classes).to(device)
+    classifier: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int, device: str
+) -> None:
+    classifier.train()
     steps_per_epoch = len(images) // 128
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * steps_per_epoch)
@@ -71,7 +72,7 @@ def train_classifier(
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}")
     bar.close()
-    return classifier.eval()
+    classifier.eval()
 
 
 @torch.no_grad()
@@ -95,8 +96,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--output_dir", required=True, help="for the classifier (used again when there) and result.json"
+        "--output_dir",
+        required=True,
+        help="for result.json, sample grids, and the classifier, which is used again when it fits",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a result.json that is there")
     args = parser.parse_args()
 
     output_dir = Path(args.output_dir)
@@ -108,20 +112,33 @@ def main():
         num_classes = pipe.transformer.config.num_classes
         if args.num_images % num_classes:
             raise ValueError(f"--num_images {args.num_images} must be a multiple of the {num_classes} classes.")
-        grid = pipe.transformer.config.sample_size
-        size = grid * pipe.vae_scale_factor
+        if not isinstance(pipe.transformer.config.sample_size, int):
+            raise ValueError(f"{args.model} makes images that are not square, which the classifier cannot read.")
+        size = pipe.transformer.config.sample_size * pipe.vae_scale_factor
         test_images, test_labels, names = load_images(args.data, args.test_split, size)
-        if len(names) != num_classes:
-            raise ValueError(f"{args.data} has {len(names)} classes, but the model {num_classes}.")
+        if names != [pipe.id2label.get(i) for i in range(num_classes)]:
+            raise ValueError(
+                f"{args.data} has the classes {', '.join(names)}, but the model {', '.join(pipe.id2label.values())}."
+            )
         output_dir.mkdir(parents=True, exist_ok=True)
         set_seed(args.seed)
+        classifier = make_classifier(num_classes).to(args.device).eval()
+        trained_on = {
+            "data": args.data,
+            "split": args.train_split,
+            "size": size,
+            "epochs": args.epochs,
+            "seed": args.seed,
+        }
+        saved = {}
         if (output_dir / CLASSIFIER_NAME).exists():
-            classifier = make_classifier(num_classes).to(args.device).eval()
-            classifier.load_state_dict(torch.load(output_dir / CLASSIFIER_NAME, weights_only=True))
-        else:
+            saved = torch.load(output_dir / CLASSIFIER_NAME, weights_only=True)
+        if saved.get("trained_on") != trained_on:
             train_images, train_labels, _ = load_images(args.data, args.train_split, size)
-            classifier = train_classifier(train_images, train_labels, num_classes, args.epochs, args.device)
-            torch.save(classifier.state_dict(), output_dir / CLASSIFIER_NAME)
+            train_classifier(classifier, train_images, train_labels, args.epochs, args.device)
+            saved = {"trained_on": trained_on, "state_dict": classifier.state_dict()}
+            torch.save(saved, output_dir / CLASSIFIER_NAME)
+        classifier.load_state_dict(saved["state_dict"])
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -129,10 +146,9 @@ def main():
         return (classify(classifier, images, args.device) == labels).float().mean().item()
 
     tokenizer = pipe.vqvae.float()
-    decoded = [
-        decode_tokens(tokenizer, encode_images(tokenizer, batch.to(args.device))).cpu()
-        for batch in test_images.split(500)
-    ]
+    tokens = torch.cat([encode_images(tokenizer, batch.to(args.device)) for batch in test_images.split(500)])
+    decoded = torch.cat([decode_tokens(tokenizer, batch).cpu() for batch in tokens.split(500)])
+    errors = ((decoded + 1).mul(127.5).round() - (test_images + 1).mul(127.5).round()).square().mean(dim=(1, 2, 3))
     result = {
         "model": args.model,
         "data": args.data,
@@ -140,11 +156,17 @@ def main():
         "num_inference_steps": args.num_inference_steps,
         "scheduler": type(pipe.scheduler).__name__,
         "classifier_accuracy_on_real_images": share_correct(test_images, test_labels),
-        "classifier_accuracy_on_reconstructions": share_correct(torch.cat(decoded), test_labels),
+        "classifier_accuracy_on_reconstructions": share_correct(decoded, test_labels),
+        "tokenizer_psnr": (10 * torch.log10(255**2 / errors.clamp(min=1e-3))).mean().item(),
+        "tokenizer_codebook_usage": tokens.unique().numel() / pipe.transformer.config.codebook_size,
         "agreement": {},
     }
     print(f"classifier on {len(test_images)} real test images: {result['classifier_accuracy_on_real_images']:.1%}")
     print(f"classifier on their reconstructions: {result['classifier_accuracy_on_reconstructions']:.1%}")
+
+    print(
+        f"tokenizer: PSNR {result['tokenizer_psnr']:.2f} dB, uses {result['tokenizer_codebook_usage']:.1%} of its codes"
+    )
 
     pipe.set_progress_bar_config(disable=True)
     labels = torch.arange(num_classes).repeat_interleave(args.num_images // num_classes)

@@ -1,3 +1,4 @@
+# Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
 import difflib
 import inspect
 import json
@@ -135,13 +136,16 @@ class MaskGitPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`guidance_schedule` is {guidance_schedule!r}, but must be one of {', '.join(GUIDANCE_SCHEDULES)}."
             )
-        start, stop = guidance_interval
-        if not 0 <= start <= stop <= 1:
+        is_pair = isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2
+        if not is_pair or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
             raise ValueError(
                 f"`guidance_interval` is {guidance_interval}, but must be two fractions of the steps, 0 <= start <= stop <= 1."
             )
         if not _is_count(num_inference_steps):
             raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}, but must be an int of at least 1.")
+        generators = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
+            raise ValueError(f"`generator` is {generator!r}, but must be a torch.Generator or a list of them.")
         if isinstance(generator, list):
             if len(generator) != batch_size:
                 raise ValueError(
@@ -151,6 +155,10 @@ class MaskGitPipeline(DiffusionPipeline):
             if not hasattr(self.scheduler, "positions_to_predict"):
                 raise ValueError(f"{type(self.scheduler).__name__} takes a single generator, not a list.")
         if latents is not None:
+            if not isinstance(latents, torch.Tensor):
+                raise ValueError(
+                    f"`latents` is of type {type(latents).__name__}, but must be a torch.Tensor of tokens."
+                )
             if latents.is_floating_point() or tuple(latents.shape) != (batch_size, *grid):
                 raise ValueError(
                     f"`latents` has the shape {tuple(latents.shape)} and type {latents.dtype}, but must be integer tokens "

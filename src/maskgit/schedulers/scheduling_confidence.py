@@ -1,3 +1,4 @@
+# Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -108,17 +109,15 @@ class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
 
     def _num_kept(self, step_index: int, masked: torch.Tensor) -> torch.Tensor:
         """Number of drawn tokens that each image keeps in this step, long (B, 1)."""
-        at_start, ratio, num_steps = self._schedule(step_index, masked)
-        num_masked = masked.sum(-1)
+        at_start, num_masked, ratio, num_steps = self._schedule(step_index, masked)
         if step_index == self.num_inference_steps - 1:
-            return num_masked[:, None]
-        ratio = ratio.to(masked.device)
-        if self.config.progress == "completed":
+            left = torch.zeros_like(num_masked)
+        elif self.config.progress == "completed":
             left = (at_start * ratio).floor().long()
             left = torch.minimum(left, num_masked - 1).clamp(min=1)  # some stay masked, and some are kept
         else:
             left = at_start - (at_start * (1 - ratio)).floor().long().clamp(min=num_steps)
-        return (num_masked - left).clamp(min=0)[:, None]
+        return (num_masked - left).clamp(min=0)[:, None].to(masked.device)
 
     def step(
         self,

@@ -1,3 +1,4 @@
+# Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -108,10 +109,10 @@ class HaltonScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
 
     def _ranks_of(self, sample: torch.Tensor, generator) -> torch.Tensor:
         """Place of each position in its image's order: long (1 or B, N)."""
-        grid = self._grid(sample)
-        if self._ranks is None or self._ranks[0] != grid:
-            self._ranks = (grid, halton_order(*grid).argsort())
-        ranks = self._ranks[1].to(sample.device)[None]
+        key = (self._grid(sample), sample.device)
+        if self._ranks is None or self._ranks[0] != key:
+            self._ranks = (key, halton_order(*key[0]).argsort()[None].to(sample.device))
+        ranks = self._ranks[1]
         if self.config.randomize:
             if self._offsets is None or len(self._offsets) != len(sample):
                 noise = uniform_noise(len(sample), 1, generator, sample.device)
@@ -143,12 +144,11 @@ class HaltonScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
         masked = sample.flatten(1) == self.config.mask_token_id
         num_tokens = masked.shape[1]
         ranks = self._ranks_of(sample, generator)
-        at_start, ratio, num_steps = self._schedule(step_index, masked)
-        decided = (at_start.cpu() * (1 - ratio)).floor().long().clamp(min=num_steps)
+        at_start, num_masked, ratio, num_steps = self._schedule(step_index, masked)
+        decided = (at_start * (1 - ratio)).floor().long().clamp(min=num_steps)
         if step_index == self.num_inference_steps - 1:
-            decided = at_start.cpu()
-        num_masked = masked.sum(-1).cpu()
-        counts = torch.minimum(decided - (at_start.cpu() - num_masked), num_masked).clamp(min=0)
+            decided = at_start
+        counts = torch.minimum(decided - (at_start - num_masked), num_masked).clamp(min=0)
 
         # Masked positions first, in the order of the sequence; behind them known ones, as padding.
         order = torch.where(masked, ranks, ranks + num_tokens).argsort(dim=-1)

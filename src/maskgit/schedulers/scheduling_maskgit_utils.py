@@ -1,3 +1,4 @@
+# Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
 """What the schedulers of masked generative transformers share: masking schedules, logit shaping, and random numbers."""
 
 import inspect
@@ -63,8 +64,7 @@ def uniform_noise(
     if isinstance(generator, list):
         if len(generator) != batch_size:
             raise ValueError(f"`generator` is a list of {len(generator)}, but the batch has {batch_size} images.")
-        rows = [torch.rand(num_tokens, generator=g, device=g.device) for g in generator]
-        return torch.stack([row.to(device) for row in rows])
+        return torch.stack([torch.rand(num_tokens, generator=g, device=g.device) for g in generator]).to(device)
     noise_device = device if generator is None else generator.device
     return torch.rand(batch_size, num_tokens, generator=generator, device=noise_device).to(device)
 
@@ -76,6 +76,13 @@ def shape_logits(logits: torch.Tensor, softmax_temperature: float, mask_token_id
         excluded = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
         logits = logits.masked_fill(excluded, -torch.inf)
     return logits if softmax_temperature == 1.0 else logits / softmax_temperature
+
+
+def _check_finite(values: torch.Tensor) -> None:
+    if not values.isfinite().all():
+        raise ValueError(
+            "The transformer's logits are not finite. In float16 they may overflow: use bfloat16 or float32."
+        )
 
 
 def draw_tokens(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
@@ -92,7 +99,9 @@ def draw_tokens(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, 
         `torch.LongTensor` of shape `(...)`.
     """
     if top_k == 1:
-        return logits.argmax(-1)
+        highest, tokens = logits.max(-1)
+        _check_finite(highest)
+        return tokens
     indices = None
     if top_k is not None and top_k < logits.shape[-1]:
         logits, indices = logits.topk(top_k, dim=-1)  # in descending order
@@ -104,6 +113,7 @@ def draw_tokens(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, 
         kept = cumulative - probabilities < top_p
         cumulative = probabilities.where(kept, 0.0).cumsum(-1)
     total = cumulative[..., -1:]
+    _check_finite(total)
     tokens = torch.searchsorted(cumulative, uniform[..., None] * total, right=True)
     # Rounding may put the threshold on the total: the answer is then the last token of positive probability.
     tokens = torch.minimum(tokens, (cumulative < total).sum(-1, keepdim=True))
@@ -179,11 +189,12 @@ class MaskGitSchedulerMixin:
     def _step_index(self, timestep: int | torch.Tensor) -> int:
         if self.timesteps is None:
             raise ValueError("Call `set_timesteps` before `step`.")
+        timestep = int(timestep)
         if not 0 <= timestep < self.num_inference_steps:
             raise ValueError(
-                f"`timestep` is {int(timestep)}, but must be one of `timesteps`: {self.num_inference_steps - 1} to 0."
+                f"`timestep` is {timestep}, but must be one of `timesteps`: {self.num_inference_steps - 1} to 0."
             )
-        return self.num_inference_steps - 1 - int(timestep)
+        return self.num_inference_steps - 1 - timestep
 
     def _progress(self, step_index: int) -> float:
         """How far the image is after this step, 1 at the end."""
@@ -193,7 +204,7 @@ class MaskGitSchedulerMixin:
         # In float32 as the published samplers take it: rounding decides some floors, e.g. 576 / 3.
         return masking_ratio(torch.tensor(self._progress(step_index)), self.config.masking_schedule, num_tokens)
 
-    def _schedule(self, step_index: int, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def _schedule(self, step_index: int, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """
         What the masking schedule divides into steps, and how far this step gets.
 
@@ -201,16 +212,17 @@ class MaskGitSchedulerMixin:
         what the step before would have left masked, and goes on from there.
 
         Returns:
-            Number of masked tokens of each image when its sampling began, long (B,); the share of them that is left masked
-            after this step; and the number of steps so far, this one included.
+            Number of masked tokens of each image when its sampling began, and now, long (B,); the share of the former that is
+            left masked after this step; and the number of steps so far, this one included. All on the CPU.
         """
+        num_masked = masked.sum(-1).cpu()
         if step_index == 0 or self._start is None or len(self._start[1]) != len(masked):
-            self._start = (step_index, masked.sum(-1))
+            self._start = (step_index, num_masked)
         first, at_start = self._start
         ratio = self._masking_ratio(step_index, masked.shape[1])
         if first > 0:
             ratio = ratio / self._masking_ratio(first - 1, masked.shape[1]).clamp(min=1e-9)
-        return at_start, ratio, step_index - first + 1
+        return at_start, num_masked, ratio, step_index - first + 1
 
     def _flatten(
         self, model_output: torch.Tensor, sample: torch.Tensor, positions: torch.Tensor | None
