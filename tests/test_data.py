@@ -8,7 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit.data import TOKEN_DATASET_INFO, ImageDataset, TokenDataset, image_to_tensor, load_image_dataset
+from maskgit.data import (
+    TOKEN_DATASET_INFO,
+    ImageDataset,
+    TokenDataset,
+    UnreadableImageError,
+    image_to_tensor,
+    load_image_dataset,
+)
 
 
 def random_image(seed, size=(32, 32), mode="RGB"):
@@ -78,12 +85,39 @@ class TestImageDataset:
                     mirrored += 1
         assert 15 < mirrored < 45
 
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_broken_image_is_named(self, image_folder, workers):
+        path = image_folder / "train" / "bee" / "1.png"
+        path.write_bytes(path.read_bytes()[:200])
+        images = ImageDataset(load_image_dataset(str(image_folder)), 16)
+        with pytest.raises(UnreadableImageError) as error:
+            list(torch.utils.data.DataLoader(images, num_workers=workers))
+        assert str(error.value).startswith(f"image 3 ({path}) cannot be read: ")
+        assert "\n" not in str(error.value)
+
 
 class TestLoadImageDataset:
     def test_class_folders_give_sorted_labels(self, image_folder):
         rows = load_image_dataset(str(image_folder), "validation")
         assert rows.features["label"].names == ["ant", "bee", "zebra"]
         assert rows["label"] == [0, 0, 1, 1, 2, 2]
+
+    @pytest.mark.parametrize("above", ["", "train"])
+    def test_names_that_look_like_splits(self, tmp_path, above):
+        for name in ("bus", "car", "bullet_train", "eval-kit"):
+            folder = tmp_path / above / name
+            folder.mkdir(parents=True)
+            for file in ("my_train_1", "photo-test", "1", "validation"):
+                random_image(0).save(folder / f"{file}.png")
+        if above:
+            (tmp_path / "val" / "bullet_train").mkdir(parents=True)
+            (tmp_path / "val" / "car").mkdir()
+            for name in ("bullet_train", "car"):
+                random_image(0).save(tmp_path / "val" / name / "train.png")
+            assert load_image_dataset(str(tmp_path), "validation")["label"] == [0, 2]
+        rows = load_image_dataset(str(tmp_path))
+        assert rows.features["label"].names == ["bullet_train", "bus", "car", "eval-kit"]
+        assert sorted(rows["label"]) == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
 
     @pytest.mark.parametrize("form", ["saved", "parquet"])
     def test_other_folders_and_column_names(self, tmp_path, form):

@@ -13,7 +13,7 @@ from diffusers import VQModel
 from PIL import Image
 
 from maskgit.data import ImageDataset, TokenDataset, load_image_dataset
-from maskgit.tokenization import encode_images, load_tokenizer
+from maskgit.tokenization import encode_images, load_tokenizer, tokenizer_checksum
 
 
 SCRIPT = Path(__file__).parent.parent / "training" / "encode_dataset.py"
@@ -135,6 +135,37 @@ def test_other_options_are_refused_or_overwrite(paths, tmp_path, capsys):
         assert stop.value.code == 2 and message in capsys.readouterr().err
     encode(paths, tmp_path / "tokens", "--image_size", "32", "--images_per_part", "9", "--overwrite")
     assert TokenDataset(tmp_path / "tokens").grid_size == (16, 16)
+
+
+def test_a_retrained_tokenizer_is_noticed(paths, tmp_path, capsys):
+    vqvae = VQModel.from_pretrained(paths / "pipeline" / "vqvae")
+    vqvae.save_pretrained(tmp_path / "vqvae")
+    again = ["--tokenizer", str(tmp_path / "vqvae")]
+    encode(paths, tmp_path / "tokens")
+    encode(paths, tmp_path / "tokens", *again)  # the same weights in another place
+    assert "5 parts (0 new)" in capsys.readouterr().out
+    with torch.no_grad():
+        vqvae.quantize.embedding.weight[3, 1] += 1
+    vqvae.save_pretrained(tmp_path / "vqvae")
+    for more in ([], ["--split", "test"]):
+        with pytest.raises(SystemExit) as stop:
+            encode(paths, tmp_path / "tokens", *again, *more)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "other weights than those of" in error
+        assert ("another --output_dir" if more else "--overwrite") in error
+    encode(paths, tmp_path / "tokens", *again, "--overwrite")
+    assert TokenDataset(tmp_path / "tokens").tokenizer_checksum == tokenizer_checksum(vqvae)
+
+
+def test_a_broken_image_ends_with_one_line(paths, tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "images" / name / "0.png")
+    (tmp_path / "images" / "dog" / "0.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stop:
+        encode(paths, tmp_path / "tokens", "--data", str(tmp_path / "images"))
+    assert stop.value.code == 2
+    assert f"image 1 ({tmp_path / 'images' / 'dog' / '0.png'}) cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from maskgit import MaskGitDiTTransformer2DModel, MaskGitPipeline
 from maskgit.conversion.halton import convert_halton_transformer
+from maskgit.tokenization import load_tokenizer, tokenizer_checksum
 from maskgit.training_utils import load_options
 
 
@@ -61,6 +62,7 @@ def token_data(tmp_path_factory, tokenizer):
     )
     random = np.random.RandomState(0)
     info = {"grid_height": 8, "grid_width": 8, "codebook_size": 128, "tokenizer": str(tokenizer), "splits": {}}
+    info["tokenizer_checksum"] = tokenizer_checksum(load_tokenizer(str(tokenizer)))
     for split, count in (("train", 200), ("test", 24)):
         labels = np.arange(count) % 10
         tokens = (labels[:, None] * 7 + np.arange(64) // 4 + random.randint(0, 2, (count, 64))) % 128
@@ -251,11 +253,46 @@ def test_trains_on_images_and_from_a_pretrained_model_with_other_classes(
             Image.fromarray(pixels).save(folder / f"{i}.png")
     arguments = [f"data={tmp_path / 'images'}", f"tokenizer={tokenizer}", "image_size=16", "random_flip=true"]
     arguments += [f"pretrained_model={uninterrupted[0] / 'pipeline'}", "model={}", "max_train_steps=2"]
-    logged = run_here(config, tmp_path / "run", *arguments)
-    assert sorted(logged) == [1, 2]
+    logged = run_here(config, tmp_path / "run", *arguments, "learning_rate=0")
+    assert sorted(logged) == [1, 2] and all(np.isfinite(values).all() for values in logged.values())
     pipeline = MaskGitPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipeline.id2label == {0: "cat", 1: "dog"}
     assert pipeline.transformer.config.num_classes == 2
+    pretrained = MaskGitPipeline.from_pretrained(uninterrupted[0] / "pipeline").transformer.state_dict()
+    for name, weight in pipeline.transformer.state_dict().items():
+        if name == "class_embed.weight":
+            assert weight.shape == (3, 32) and 0.01 < weight.std() < 0.03
+        else:
+            assert torch.equal(weight, pretrained[name]), name
+
+
+def test_checkpoints_are_the_same_with_and_without_compile(tmp_path, config, uninterrupted):
+    with torch.compiler.set_stance("force_eager"):  # what is tested are the names of the weights
+        run_here(config, tmp_path, "compile=true", "max_train_steps=4", "lr_scheduler=constant")
+    assert (tmp_path / "checkpoint-4").is_dir()  # the last step has a checkpoint, though it is no multiple of 3
+    compiled, plain = (
+        load_file(f / "model.safetensors") for f in (tmp_path / "checkpoint-4", uninterrupted[0] / "checkpoint-9")
+    )
+    assert compiled.keys() == plain.keys()
+    arguments = ["resume_from_checkpoint=latest", "max_train_steps=5", "lr_scheduler=constant"]
+    assert len(run_here(config, tmp_path, *arguments)) == 5
+
+
+def test_a_retrained_tokenizer_is_refused(tmp_path, config, tokenizer, capsys):
+    vqvae = VQModel.from_pretrained(tokenizer)
+    torch.nn.init.normal_(vqvae.quantize.embedding.weight)
+    vqvae.save_pretrained(tmp_path / "vqvae")
+    with pytest.raises(SystemExit):
+        run_here(config, tmp_path / "run", f"tokenizer={tmp_path / 'vqvae'}")
+    assert "were made with other weights than those of" in capsys.readouterr().err
+
+
+def test_debug_run_of_a_pretrained_model_has_its_sizes(tmp_path, config, uninterrupted):
+    arguments = [f"pretrained_model={uninterrupted[0] / 'pipeline'}", "model={}", "debug=true", "max_train_steps=1"]
+    logged = run_here(config, tmp_path, *arguments)
+    assert logged[1][0] < uninterrupted[1][1][0] - 0.3
+    card = (tmp_path / "pipeline" / "README.md").read_text()  # it may be published: no paths of this disk
+    assert "pretrained_model: pipeline\n" in card and str(tmp_path.parents[1]) not in card
 
 
 def test_debug_run_on_the_shipped_config(tmp_path, token_data):
@@ -283,10 +320,12 @@ def test_shipped_configs_are_valid(path, monkeypatch):
         (["data=nowhere/at/all"], "nowhere"),
         (["validation_split=val"], "no split 'val'"),
         (["train_batch_size=500"], "200 images"),
-        (["pretrained_model=nowhere"], "nowhere"),
+        (["pretrained_model=./nowhere"], "./nowhere"),
+        (["pretrained_model={uninterrupted}/pipeline", "model.hidden_size=16"], "has 32: leave it out"),
     ],
 )
-def test_wrong_options_are_one_line_and_exit_code_2(config, tmp_path, capsys, overrides, message):
+def test_wrong_options_are_one_line_and_exit_code_2(config, tmp_path, capsys, uninterrupted, overrides, message):
+    overrides = [text.replace("{uninterrupted}", str(uninterrupted[0])) for text in overrides]
     with pytest.raises(SystemExit) as error:
         run_here(config, tmp_path / "run", *overrides)
     assert error.value.code == 2

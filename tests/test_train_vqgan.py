@@ -167,6 +167,14 @@ def test_mistakes_end_with_one_line(config, tmp_path, capsys, override, message)
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_fp16_with_accumulation_and_a_discriminator_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    values = {"output_dir": "x", "data": "y", "mixed_precision": "fp16", "gradient_accumulation_steps": 2}
+    train_vqgan.TokenizerOptions(**values)
+    with pytest.raises(ValueError, match="fp16.*discriminator needs gradient_accumulation_steps=1"):
+        train_vqgan.TokenizerOptions(**values, discriminator_start=0)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("vqgan_*.yaml")), ids=lambda path: path.stem)
 def test_configs_are_valid(path):
     options = train_vqgan.load_options(train_vqgan.TokenizerOptions, ["--config", str(path), "perceptual_weight=0"])

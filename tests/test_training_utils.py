@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,9 +8,12 @@ from typing import ClassVar
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from diffusers.training_utils import EMAModel
+from huggingface_hub import HfApi
 
 from maskgit.training_utils import (
     RunOptions,
+    averaged_weights,
     list_checkpoints,
     load_checkpoint,
     load_options,
@@ -69,7 +73,9 @@ class TestOptions:
             ("train_batch_size: 0", [], "train_batch_size=0: give a number above 0"),
             ("lr_scheduler: cosin", [], "lr_scheduler='cosin': expected one of"),
             ("overwrite: true\nresume_from_checkpoint: latest", [], "exclude each other"),
+            ("lr_scheduler: piecewise_constant", [], "expected one of linear"),
             ("push_to_hub: true", [], "needs hub_model_id"),
+            ("hub_model_id: me/my model", [], "hub_model_id='me/my model': Repo id must"),
         ],
     )
     def test_mistakes_are_one_line_and_exit_code_2(self, tmp_path, capsys, text, overrides, message):
@@ -153,6 +159,55 @@ def toy_options(tmp_path, **kwargs):
     return ToyOptions(**(values | kwargs))
 
 
+class TestMakeAccelerator:
+    @pytest.mark.parametrize("variable, name", [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+    def test_sharding_is_refused(self, tmp_path, monkeypatch, variable, name):
+        monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+        with pytest.raises(ValueError, match=f"{name} is not supported: run `accelerate config` again"):
+            make_accelerator(toy_options(tmp_path))
+
+    @pytest.mark.parametrize("launched, warnings", [("bf16", 1), ("no", 0)])
+    def test_precision_of_the_launcher_is_not_used(self, tmp_path, monkeypatch, caplog, launched, warnings):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        reset_accelerate()
+        assert make_accelerator(toy_options(tmp_path)).mixed_precision == "no"
+        assert caplog.text.count("mixed_precision=no; bf16, chosen for") == warnings
+
+
+def test_averaged_weights_end_with_an_error():
+    model = torch.nn.Linear(2, 2)
+    ema = EMAModel(model.parameters())
+    own, average = model.weight.detach().clone(), torch.full((2, 2), 7.0)
+    ema.shadow_params[0] = average
+    with pytest.raises(KeyError), averaged_weights(ema, model):
+        assert torch.equal(model.weight, average)
+        raise KeyError
+    assert torch.equal(model.weight, own)
+    with averaged_weights(None, model):
+        assert torch.equal(model.weight, own)
+
+
+class TestUpload:
+    def test_repository_is_made_before_training(self, tmp_path, monkeypatch):
+        made = []
+        monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, exist_ok: made.append((repo_id, exist_ok)))
+        options = toy_options(tmp_path, push_to_hub=True, hub_model_id="me/toy")
+        reset_accelerate()
+        start_run(make_accelerator(options), options)
+        assert made == [("me/toy", True)]
+
+    def test_missing_token_shows_before_training(self, tmp_path, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise RuntimeError("no token\nat all")
+
+        monkeypatch.setattr(HfApi, "create_repo", refuse)
+        options = toy_options(tmp_path, push_to_hub=True, hub_model_id="me/toy")
+        reset_accelerate()
+        with pytest.raises(ValueError, match="cannot upload to hub_model_id='me/toy': no token at all"):
+            start_run(make_accelerator(options), options)
+        assert not (tmp_path / "out").exists()
+
+
 class TestCheckpoints:
     @pytest.mark.parametrize("accumulation, workers", [(1, 0), (2, 0), (3, 0), (1, 2)])
     def test_resumed_run_has_the_losses_of_an_uninterrupted_one(self, tmp_path, accumulation, workers):
@@ -208,6 +263,16 @@ t.train(t.toy_options(Path({str(tmp_path)!r})))
             train(toy_options(tmp_path))
         train(toy_options(tmp_path, overwrite=True, max_train_steps=4))
         assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-4"]
+
+    def test_going_back_behind_later_checkpoints_is_refused(self, tmp_path):
+        straight = train(toy_options(tmp_path, checkpoints_total_limit=None))
+        back = str(tmp_path / "out" / "checkpoint-4")
+        with pytest.raises(ValueError, match="back to step 4, but .* delete checkpoint-8, checkpoint-12, or give"):
+            train(toy_options(tmp_path, resume_from_checkpoint=back))
+        assert train(toy_options(tmp_path / "other", resume_from_checkpoint=back)) == straight[8:]
+        for later in list_checkpoints(tmp_path / "out")[1:]:
+            shutil.rmtree(later)
+        assert train(toy_options(tmp_path, resume_from_checkpoint=back)) == straight[8:]
 
     def test_resume_with_other_options(self, tmp_path):
         train(toy_options(tmp_path))

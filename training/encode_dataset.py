@@ -22,8 +22,8 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from maskgit.data import TOKEN_DATASET_INFO, ImageDataset, load_image_dataset
-from maskgit.tokenization import encode_images, load_tokenizer
+from maskgit.data import TOKEN_DATASET_INFO, ImageDataset, UnreadableImageError, load_image_dataset
+from maskgit.tokenization import encode_images, load_tokenizer, tokenizer_checksum
 from maskgit.training_utils import user_errors
 
 
@@ -73,10 +73,15 @@ def check_output(output_dir: Path, info: dict, split: str, overwrite: bool):
             raise ValueError(f"{output_dir} holds something that is no token dataset: give another --output_dir.")
         return
     other_splits = set(old["splits"]) - {split}
+    advice = "give another --output_dir" if other_splits else "give --overwrite to encode it anew"
     for name, value in info.items():
-        if name != "splits" and old[name] != value and (other_splits or not overwrite):
-            advice = "give another --output_dir" if other_splits else "give --overwrite to encode it anew"
-            raise ValueError(f"{output_dir} was made with {name} {old[name]!r}, not {value!r}: {advice}.")
+        if name in ("splits", "tokenizer") or old[name] == value or (overwrite and not other_splits):
+            continue
+        if name == "tokenizer_checksum":
+            raise ValueError(
+                f"the tokens in {output_dir} were made with other weights than those of {info['tokenizer']}: {advice}."
+            )
+        raise ValueError(f"{output_dir} was made with {name} {old[name]!r}, not {value!r}: {advice}.")
     if split in old["splits"] and old["splits"][split] != info["splits"][split] and not overwrite:
         raise ValueError(
             f"split {split!r} of {output_dir} was made with {old['splits'][split]}, not {info['splits'][split]}: "
@@ -134,6 +139,7 @@ def main():
         num_rows = len(images) * (2 if args.with_flips else 1)
         info = {
             "tokenizer": args.tokenizer,
+            "tokenizer_checksum": tokenizer_checksum(tokenizer),
             "codebook_size": codebook_size,
             "grid_height": grid_height,
             "grid_width": grid_width,
@@ -182,7 +188,8 @@ def main():
         disable=not accelerator.is_local_main_process,
     ) as progress:
         for part, rows in ranges.items():
-            table = encode_part(tokenizer, images, rows, features, args, accelerator.device, progress)
+            with user_errors((UnreadableImageError,)):
+                table = encode_part(tokenizer, images, rows, features, args, accelerator.device, progress)
             write_atomically(parts[part], lambda path: pa.parquet.write_table(table, path))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

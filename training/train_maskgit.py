@@ -16,20 +16,21 @@ from typing import ClassVar, Literal
 import torch
 import yaml
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm.auto import tqdm
 
 from maskgit import HaltonScheduler, MaskGitDiTTransformer2DModel, MaskGitPipeline
-from maskgit.data import TOKEN_DATASET_INFO, ImageDataset, TokenDataset, load_image_dataset
+from maskgit.data import TOKEN_DATASET_INFO, ImageDataset, TokenDataset, UnreadableImageError, load_image_dataset
 from maskgit.images import make_grid
 from maskgit.masking import MaskedDataset, masked_token_loss
 from maskgit.model_card import write_model_card
 from maskgit.publishing import push_folder_to_hub
-from maskgit.tokenization import encode_images, load_tokenizer
+from maskgit.tokenization import encode_images, load_tokenizer, tokenizer_checksum
 from maskgit.training_utils import (
     RunOptions,
+    averaged_weights,
     check_keys,
     load_checkpoint,
     load_options,
@@ -47,8 +48,6 @@ from maskgit.training_utils import (
 
 logger = get_logger(__name__)
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-
 
 @dataclasses.dataclass(kw_only=True)
 class MaskGitOptions(RunOptions):
@@ -59,6 +58,8 @@ class MaskGitOptions(RunOptions):
         "validation_steps": 10,
         "checkpointing_steps": 10,
         "log_every": 1,
+        "dataloader_num_workers": 0,
+        "compile": False,
         "num_inference_steps": 4,
         "model.hidden_size": 64,
         "model.num_layers": 2,
@@ -140,6 +141,11 @@ def load_data(options: MaskGitOptions):
                 f"{options.data} was made with {sets[0].codebook_size} codes, but the tokenizer has "
                 f"{tokenizer.config.num_vq_embeddings}: give the tokenizer that it was made with."
             )
+        if tokenizer_checksum(tokenizer) != sets[0].tokenizer_checksum:
+            raise ValueError(
+                f"the tokens in {options.data} were made with other weights than those of "
+                f"{options.tokenizer or sets[0].tokenizer}: give the tokenizer that they were made with, or encode the images again."
+            )
     else:
         if options.tokenizer is None or options.image_size is None:
             raise ValueError(f"{options.data} is no token dataset; training on images needs tokenizer and image_size.")
@@ -173,16 +179,18 @@ def make_transformer(options: MaskGitOptions, codebook_size: int, num_classes: i
             f"{options.pretrained_model} predicts {config['codebook_size']} codes, but the tokenizer has {codebook_size}: "
             "encode the images with the tokenizer of the pretrained model."
         )
-    if config["num_classes"] != num_classes:
+    for name, value in options.model.items():
+        if name != "dropout" and config.get(name, value) != value:
+            raise ValueError(
+                f"model.{name}={value!r}, but {options.pretrained_model} has {config[name]!r}: leave it out."
+            )
+    pretrained = MaskGitDiTTransformer2DModel.from_pretrained(options.pretrained_model, subfolder="transformer")
+    transformer = MaskGitDiTTransformer2DModel.from_config(pretrained.config, num_classes=num_classes, **options.model)
+    weights = pretrained.state_dict()
+    if weights["class_embed.weight"].shape != transformer.class_embed.weight.shape:
         logger.warning(f"{num_classes} classes instead of {config['num_classes']}: their embeddings start at random.")
-    transformer = MaskGitDiTTransformer2DModel.from_pretrained(
-        options.pretrained_model,
-        subfolder="transformer",
-        num_classes=num_classes,
-        ignore_mismatched_sizes=True,
-        low_cpu_mem_usage=False,
-        **options.model,
-    )
+        weights["class_embed.weight"] = transformer.class_embed.weight
+    transformer.load_state_dict(weights)
     if transformer.config.sample_size != sample_size:
         transformer.resize_position_embeddings(sample_size)
     return transformer
@@ -202,18 +210,14 @@ class Trainer:
 
     def __init__(self, options: MaskGitOptions):
         self.options = options
-        self.accelerator = make_accelerator(options)
         with user_errors():
-            if self.accelerator.distributed_type in SHARDED:
-                raise ValueError(
-                    f"{self.accelerator.distributed_type.value} is not supported: run `accelerate config` again and choose plain "
-                    "data parallel training. The largest published model fits on one GPU many times."
-                )
+            self.accelerator = make_accelerator(options)
             self.tokenizer, train_set, validation_set, self.label_names, self.grid = load_data(options)
             num_tokens = self.grid[0] * self.grid[1]
             self.codebook_size, self.num_classes = self.tokenizer.config.num_vq_embeddings, len(self.label_names)
             masking = (num_tokens, options.masking_schedule, options.label_drop, options.seed)
             transformer = make_transformer(options, self.codebook_size, self.num_classes, self.grid)
+            set_seed(options.seed, device_specific=True)
             checkpoint = start_run(self.accelerator, options)
             self.loader = make_train_loader(self.accelerator, options, MaskedDataset(train_set, *masking))
 
@@ -227,14 +231,15 @@ class Trainer:
         self.ema = None
         if options.ema_decay is not None:
             self.ema = EMAModel(transformer.parameters(), decay=options.ema_decay, foreach=True)
-            self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
         optimizer = make_optimizer(options, transformer)
         if options.compile:
-            transformer = torch.compile(transformer)
+            transformer.compile()  # in place: checkpoints are the same with and without
         self.transformer, self.optimizer = self.accelerator.prepare(transformer, optimizer)
         self.lr_scheduler = make_lr_scheduler(self.accelerator, options, self.optimizer)
         self.step = load_checkpoint(self.accelerator, checkpoint) if checkpoint is not None else 0
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
         start_trackers(self.accelerator, options, "maskgit")
 
     def loss(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -302,15 +307,15 @@ class Trainer:
                     loss=f"{logs['loss']:.3f}", accuracy=f"{logs['masked_accuracy']:.1%}", images_s=f"{speed:.0f}"
                 )
                 history, start = [], time.perf_counter()
-            if options.checkpointing_steps and self.step % options.checkpointing_steps == 0:
-                save_checkpoint(accelerator, options, self.step)
             last = self.step == options.max_train_steps
+            if options.checkpointing_steps and (last or self.step % options.checkpointing_steps == 0):
+                save_checkpoint(accelerator, options, self.step)
             if last or (options.validation_steps and self.step % options.validation_steps == 0):
                 self.validate()
                 start = time.perf_counter()
         bar.close()
         if accelerator.is_main_process:
-            with self.averaged_weights():
+            with averaged_weights(self.ema, self.transformer):
                 self.save_pipeline()
         accelerator.end_training()
 
@@ -329,15 +334,11 @@ class Trainer:
             logs["grad_norm"] = float(history[-1]["grad_norm"])
         return logs
 
-    def averaged_weights(self):
-        """The averaged weights in place of the trained ones, inside a `with`."""
-        return AveragedWeights(self.ema, self.transformer)
-
     @torch.no_grad()
     def validate(self):
         """Measure loss and accuracy on the validation split, and sample two images of each of the first ten classes."""
         self.transformer.eval()
-        with self.averaged_weights():
+        with averaged_weights(self.ema, self.transformer):
             if self.validation_loader is not None:
                 totals = torch.zeros(4, device=self.accelerator.device)
                 for batch in self.validation_loader:
@@ -354,7 +355,7 @@ class Trainer:
 
     def make_pipeline(self) -> MaskGitPipeline:
         return MaskGitPipeline(
-            transformer=self.accelerator.unwrap_model(self.transformer, keep_torch_compile=False),
+            transformer=self.accelerator.unwrap_model(self.transformer),
             vqvae=self.tokenizer,
             scheduler=HaltonScheduler(mask_token_id=self.codebook_size),
             id2label=dict(enumerate(self.label_names)),
@@ -369,7 +370,8 @@ class Trainer:
         pipeline.set_progress_bar_config(disable=True)
         labels = list(range(min(self.num_classes, 10)))
         generators = [torch.Generator().manual_seed(seed) for seed in range(2 * len(labels))]
-        images = pipeline(labels, num_images_per_label=2, generator=generators).images
+        with torch.compiler.set_stance("force_eager"):  # a compiled transformer would be compiled anew for these sizes
+            images = pipeline(labels, num_images_per_label=2, generator=generators).images
         grid = make_grid(images[0::2] + images[1::2], columns=len(labels))
         path = Path(self.options.output_dir) / "samples" / f"step-{self.step:07d}.png"
         path.parent.mkdir(exist_ok=True)
@@ -384,6 +386,12 @@ class Trainer:
         """Write the final pipeline with a sample grid and a model card, and upload it if asked to."""
         options = self.options
         folder = Path(options.output_dir) / "pipeline"
+        # The card is to be published: of paths on this disk it has the last part.
+        shown = {
+            name: Path(value).resolve().name if isinstance(value, str) and Path(value).exists() else value
+            for name, value in dataclasses.asdict(options).items()
+        }
+        self.transformer.eval()
         self.make_pipeline().save_pretrained(folder)
         self.sample_images().save(folder / "grid.png")
         images_per_step = (
@@ -391,34 +399,21 @@ class Trainer:
         )
         write_model_card(
             folder,
-            title=Path(options.output_dir).name,
+            title=shown["output_dir"],
             summary=f"A masked generative transformer for images of {self.num_classes} classes.",
             sections={
-                "Training": f"Data `{options.data}`, {options.max_train_steps} steps of {images_per_step} images, with "
+                "Training": f"Data `{shown['data']}`, {options.max_train_steps} steps of {images_per_step} images, with "
                 "`train_maskgit.py` of the package `maskgit` and these options:\n\n"
-                f"```yaml\n{yaml.safe_dump(dataclasses.asdict(options), sort_keys=False)}```"
+                f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"
             },
         )
         print(f"Saved the pipeline. Sample from it: maskgit sample --model {folder}")
         if options.push_to_hub:
-            print(f"Uploaded it: {push_folder_to_hub(folder, options.hub_model_id)}")
-
-
-class AveragedWeights:
-    """Context in which a model has the weights of its moving average; without an average it does nothing."""
-
-    def __init__(self, ema: EMAModel | None, model: torch.nn.Module):
-        self.ema, self.parameters = ema, list(model.parameters())
-
-    def __enter__(self):
-        if self.ema is not None:
-            self.ema.store(self.parameters)
-            self.ema.copy_to(self.parameters)
-
-    def __exit__(self, *error):
-        if self.ema is not None:
-            self.ema.restore(self.parameters)
+            with user_errors():
+                print(f"Uploaded it: {push_folder_to_hub(folder, options.hub_model_id)}")
 
 
 if __name__ == "__main__":
-    Trainer(load_options(MaskGitOptions)).train()
+    trainer = Trainer(load_options(MaskGitOptions))
+    with user_errors((UnreadableImageError,)):
+        trainer.train()

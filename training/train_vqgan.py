@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import EMAModel
@@ -29,11 +29,12 @@ from diffusers.utils import make_image_grid
 from torch import nn
 from tqdm.auto import tqdm
 
-from maskgit.data import ImageDataset, load_image_dataset
+from maskgit.data import ImageDataset, UnreadableImageError, load_image_dataset
 from maskgit.publishing import push_folder_to_hub
 from maskgit.tokenization import decode_tokens, encode_images
 from maskgit.training_utils import (
     RunOptions,
+    averaged_weights,
     check_keys,
     load_checkpoint,
     load_options,
@@ -81,6 +82,7 @@ class TokenizerOptions(RunOptions):
         "validation_steps": 2,
         "checkpointing_steps": 2,
         "log_every": 1,
+        "dataloader_num_workers": 0,
     }
 
     data: str = option(
@@ -150,6 +152,14 @@ class TokenizerOptions(RunOptions):
         if self.image_size % factor:
             raise ValueError(
                 f"image_size={self.image_size}: the model downsamples {factor} times, give a multiple of {factor}."
+            )
+        if (
+            self.mixed_precision == "fp16"
+            and self.gradient_accumulation_steps > 1
+            and self.discriminator_start is not None
+        ):  # clipping one model's gradients takes the loss scale from those that the other has accumulated
+            raise ValueError(
+                "mixed_precision='fp16' with a discriminator needs gradient_accumulation_steps=1: give bf16, or a larger train_batch_size."
             )
         if self.perceptual_weight and importlib.util.find_spec("lpips") is None:
             raise ValueError(
@@ -232,16 +242,14 @@ def restart_unused_codes(
 
 
 @contextmanager
-def averaged_weights(ema: EMAModel, tokenizer: TrainableTokenizer):
+def averaged_vqvae(ema: EMAModel, tokenizer: TrainableTokenizer):
     """The tokenizer's `VQModel` with the averaged weights, in evaluation mode, as it is saved."""
-    ema.store(tokenizer.parameters())
-    ema.copy_to(tokenizer.parameters())
-    if tokenizer.unit_codes:
-        normalize_codebook(tokenizer.vqvae.quantize.embedding.weight)
-    tokenizer.eval()
-    yield tokenizer.vqvae
+    with averaged_weights(ema, tokenizer):
+        if tokenizer.unit_codes:
+            normalize_codebook(tokenizer.vqvae.quantize.embedding.weight)
+        tokenizer.eval()
+        yield tokenizer.vqvae
     tokenizer.train()
-    ema.restore(tokenizer.parameters())
 
 
 @torch.no_grad()
@@ -307,6 +315,7 @@ def main(options: TokenizerOptions):
         normalize_codebook(codebook)
     tokenizer = TrainableTokenizer(vqvae, unit_codes)
     discriminator = PatchDiscriminator(options.discriminator_channels, options.discriminator_layers)
+    set_seed(options.seed, device_specific=True)
     perceptual = None
     if options.perceptual_weight:
         import lpips
@@ -322,11 +331,11 @@ def main(options: TokenizerOptions):
     )
     lr_scheduler = make_lr_scheduler(accelerator, options, optimizer)
     ema = EMAModel(tokenizer.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    ema.to(accelerator.device)
     codebook_index = next(i for i, parameter in enumerate(tokenizer.parameters()) if parameter is codebook)
     accelerator.register_for_checkpointing(ema)
 
     step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
+    ema.to(accelerator.device)
     start_trackers(accelerator, options, "vqgan")
     logger.info(
         f"{vqvae.num_parameters():,} parameters, {len(images):,} images, steps {step} to {options.max_train_steps}"
@@ -408,7 +417,7 @@ def main(options: TokenizerOptions):
                 loss=f"{logs['loss/reconstruction']:.4f}", images_per_s=f"{logs['images_per_second']:.0f}"
             )
         if options.validation_steps and step % options.validation_steps == 0 and step < options.max_train_steps:
-            with averaged_weights(ema, tokenizer) as averaged:
+            with averaged_vqvae(ema, tokenizer) as averaged:
                 grid_file = Path(options.output_dir) / "samples" / f"step-{step}.png"
                 results = validate(accelerator, averaged, validation_loader, grid_file)
             logger.info(f"step {step}: {json.dumps(results)}")
@@ -421,7 +430,7 @@ def main(options: TokenizerOptions):
             save_checkpoint(accelerator, options, step)
 
     progress.close()
-    with averaged_weights(ema, tokenizer) as averaged:
+    with averaged_vqvae(ema, tokenizer) as averaged:
         grid_file = Path(options.output_dir) / "grid.png"
         results = validate(accelerator, averaged, make_validation_loader(len(held_out)), grid_file)
         logger.info(f"final: {json.dumps(results)}")
@@ -431,9 +440,12 @@ def main(options: TokenizerOptions):
             folder = Path(options.output_dir) / "vqvae"
             averaged.save_pretrained(folder)
             if options.push_to_hub:
-                logger.info(f"uploaded: {push_folder_to_hub(folder, options.hub_model_id)}")
+                with user_errors():
+                    logger.info(f"uploaded: {push_folder_to_hub(folder, options.hub_model_id)}")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(load_options(TokenizerOptions))
+    options = load_options(TokenizerOptions)
+    with user_errors((UnreadableImageError,)):
+        main(options)

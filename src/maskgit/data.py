@@ -14,6 +14,19 @@ from PIL import Image
 TOKEN_DATASET_INFO = "token_dataset.json"
 IMAGE_COLUMNS = ("image", "img", "png", "jpg", "jpeg", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")
+# Folders of images with these very names are splits, as in `datasets`.
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+class UnreadableImageError(ValueError):
+    """An image is broken. From a `DataLoader`'s worker it arrives with a traceback as its message, of which the last line is kept."""
+
+    def __init__(self, message: str):
+        super().__init__(message.rstrip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
 def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
@@ -23,8 +36,8 @@ def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
     Args:
         source (`str`):
             A folder saved by `datasets` (`save_to_disk`), a folder of parquet files, of webdataset shards (`.tar`) or of images
-            (with a folder per class, whose sorted names give the class ids; `train/`, `validation/`, ... above them are splits),
-            or the name of a dataset on the Hub.
+            (with a folder per class, whose sorted names give the class ids; folders `train/`, `validation/`, `test/` in `source` are
+            splits, without one all images are in "train"), or the name of a dataset on the Hub.
         split (`str`, defaults to `"train"`): Which split; `datasets` slices (`"train[:1000]"`) work except for saved folders.
     """
     folder = Path(source)
@@ -41,7 +54,13 @@ def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
         elif ".tar" in suffixes:
             dataset = datasets.load_dataset("webdataset", data_dir=source, split=split)
         else:
-            dataset = datasets.load_dataset("imagefolder", data_dir=source, split=split)
+            # Left alone, `datasets` also takes `bullet_train/` and `photo-test.png` for splits.
+            found = {
+                name: [f"{subfolder}/**" for subfolder in subfolders if (folder / subfolder).is_dir()]
+                for name, subfolders in SPLIT_FOLDERS.items()
+            }
+            files = {name: patterns for name, patterns in found.items() if patterns} or {"train": "**"}
+            dataset = datasets.load_dataset("imagefolder", data_dir=source, data_files=files, split=split)
     except (datasets.exceptions.DatasetNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot read split {split!r} of images from {source!r}: {reason}") from None
@@ -135,7 +154,12 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        row = self.dataset[index]
+        try:
+            row = self.dataset[index]
+        except Exception as error:  # PIL raises many kinds
+            stored = self.dataset.cast_column("image", datasets.Image(decode=False))[index]["image"]
+            name = f"image {index}" + (f" ({stored['path']})" if stored["path"] else "")
+            raise UnreadableImageError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
         x, y, flip = np.random.default_rng((self.seed, self.epoch, index)).random(3)
         pixels = image_to_tensor(row["image"], self.size, (x, y) if self.random_crop else (0.5, 0.5))
         if self.random_flip and flip < 0.5:
@@ -155,7 +179,8 @@ class TokenDataset(torch.utils.data.Dataset):
         label_names (`list[str]`): name of each class, in the order of the ids.
         grid_size (`tuple[int, int]`): height and width of a grid, in tokens.
         codebook_size (`int`): tokens are 0..codebook_size-1.
-        tokenizer (`str`): folder or Hub id that the tokens were made with.
+        tokenizer (`str`): folder or Hub id of the tokenizer that made the tokens.
+        tokenizer_checksum (`str`): of its weights, by `maskgit.tokenization.tokenizer_checksum`.
 
     Args:
         folder (`str` or `Path`): the `--output_dir` of `encode_dataset.py`.
@@ -181,6 +206,7 @@ class TokenDataset(torch.utils.data.Dataset):
         self.grid_size = (info["grid_height"], info["grid_width"])
         self.codebook_size = info["codebook_size"]
         self.tokenizer = info["tokenizer"]
+        self.tokenizer_checksum = info["tokenizer_checksum"]
         self.label_names = datasets.Features.from_arrow_schema(table.schema)["label"].names
         chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table["tokens"].chunks]
         self.tokens = np.concatenate(chunks).reshape(-1, self.grid_size[0] * self.grid_size[1])

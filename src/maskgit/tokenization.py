@@ -1,18 +1,19 @@
 # Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
 """Images to tokens and back, with any tokenizer that has the interface of `diffusers.VQModel`: the one place where this is done."""
 
+import hashlib
+
 import torch
 from diffusers import ModelMixin, VQModel
 
 
-def load_tokenizer(name_or_path: str, **kwargs) -> ModelMixin:
+def load_tokenizer(name_or_path: str) -> ModelMixin:
     """
     Loads a tokenizer in float32 and evaluation mode.
 
     Args:
         name_or_path (`str`):
             A folder or Hub id holding either the tokenizer itself or a pipeline with the tokenizer in `vqvae/`.
-        kwargs: passed on to `from_pretrained` (`revision`, `cache_dir`, ...).
     """
     for subfolder in ("vqvae", None):
         try:
@@ -26,7 +27,16 @@ def load_tokenizer(name_or_path: str, **kwargs) -> ModelMixin:
                 ) from None
     if config.get("_class_name") != "VQModel":
         raise ValueError(f"{name_or_path!r} holds a {config.get('_class_name')}, not a VQModel.")
-    return VQModel.from_pretrained(name_or_path, subfolder=subfolder, **kwargs).float().eval()
+    return VQModel.from_pretrained(name_or_path, subfolder=subfolder).float().eval()
+
+
+def tokenizer_checksum(tokenizer: ModelMixin) -> str:
+    """SHA-256 of a tokenizer's weights in float32: tokens are of use only with the weights that they were made with."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

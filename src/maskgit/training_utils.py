@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -23,15 +24,34 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    parse_flag_from_env,
+    set_seed,
+)
 from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 
 
 logger = get_logger(__name__)
 
 OPTIONS_NAME = "options.yaml"
 PROGRESS_NAME = "progress.json"
-LR_SCHEDULERS = (*(kind.value for kind in SchedulerType), "constant_with_cosine_tail")
+# piecewise_constant needs rules that no option holds.
+LR_SCHEDULERS = (
+    *(kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT),
+    "constant_with_cosine_tail",
+)
+# What `accelerate launch` sets for training in shards.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 
 
 # ---------------------------------------------------------------- options
@@ -49,7 +69,8 @@ class RunOptions:
     """
     Options of every training run. A script subclasses it, adds its own fields with `option(...)`, and sets:
 
-    - `debug_values`: small values that `debug=true` puts in place of the config's (dotted keys reach into dicts);
+    - `debug_values`: small values that `debug=true` puts in place of the config's (dotted keys reach into dicts; those of
+      `model` are left out where a `pretrained_model` has its own);
     - `must_match`: options that a resumed run must share with its checkpoint.
     """
 
@@ -117,6 +138,11 @@ class RunOptions:
             raise ValueError("overwrite and resume_from_checkpoint exclude each other: give one of them.")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub=true needs hub_model_id=user/name.")
+        if self.hub_model_id:
+            try:
+                validate_repo_id(self.hub_model_id)
+            except ValueError as error:
+                raise ValueError(f"hub_model_id={self.hub_model_id!r}: {error}") from None
         if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
             raise ValueError(
                 f"report_to={self.report_to!r} needs a missing package: pip install {self.report_to}, or report_to=none."
@@ -183,11 +209,11 @@ def set_value(values: dict[str, Any], key: str, value: Any, fields: dict[str, da
 
 
 @contextlib.contextmanager
-def user_errors():
-    """Ends the program with exit code 2 and one line when a ValueError or OSError, a user's mistake, is raised inside."""
+def user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)):
+    """Ends the program with exit code 2 and one line when one of `kinds`, taken for a user's mistake, is raised inside."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -232,7 +258,11 @@ def load_options(cls: type[OptionsType], argv: list[str] | None = None) -> Optio
             raise ValueError(f"{path} holds no options: expected lines of the form `key: value`.")
         check_keys(values, fields, f"option in {path},")
         if overrides.get("debug", values.get("debug", False)):
-            overrides = cls.debug_values | overrides
+            pretrained = overrides.get("pretrained_model", values.get("pretrained_model"))
+            small = {
+                key: value for key, value in cls.debug_values.items() if not (pretrained and key.startswith("model."))
+            }
+            overrides = small | overrides
         for key, value in overrides.items():
             set_value(values, key, value, fields)
         for name, field in fields.items():
@@ -249,12 +279,19 @@ def load_options(cls: type[OptionsType], argv: list[str] | None = None) -> Optio
 def make_accelerator(options: RunOptions, **kwargs) -> Accelerator:
     """
     The accelerator of a run: seeded, logging, with the settings under which a resumed run sees the data in the same order. Without a GPU
-    it runs on the CPU, where `torchrun --standalone --nproc_per_node N` starts N processes. All processes start from the same seed.
+    it runs on the CPU, where `torchrun --standalone --nproc_per_node N` starts N processes. All processes start from the same seed: call
+    `set_seed(options.seed, device_specific=True)` when the initial weights are made, so that each then draws its own dropout.
 
     Args:
         options (`RunOptions`): of the run.
         kwargs: further arguments of `Accelerator`, such as `kwargs_handlers`.
     """
+    for variable, name in SHARDING.items():
+        if parse_flag_from_env(variable):
+            raise ValueError(
+                f"{name} is not supported: run `accelerate config` again and choose plain data parallel training. "
+                "The largest published model fits on one GPU many times."
+            )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=options.mixed_precision,
@@ -272,6 +309,12 @@ def make_accelerator(options: RunOptions, **kwargs) -> Accelerator:
     )
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     logger.info(accelerator.state, main_process_only=False)
+    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # also "no" where nothing was chosen
+    if launched_with not in ("no", options.mixed_precision):
+        logger.warning(
+            f"training with the option mixed_precision={options.mixed_precision}; {launched_with}, chosen for "
+            "`accelerate launch`, has no effect."
+        )
     set_seed(options.seed)
     return accelerator
 
@@ -285,7 +328,7 @@ def start_trackers(accelerator: Accelerator, options: RunOptions, project_name: 
     accelerator.init_trackers(project_name, config=config)
 
 
-def make_train_loader(accelerator: Accelerator, options: RunOptions, dataset: torch.utils.data.Dataset, **kwargs):
+def make_train_loader(accelerator: Accelerator, options: RunOptions, dataset: torch.utils.data.Dataset):
     """
     A shuffled, prepared loader of whole batches for `training_batches`.
 
@@ -293,7 +336,6 @@ def make_train_loader(accelerator: Accelerator, options: RunOptions, dataset: to
         accelerator (`Accelerator`): from `make_accelerator`.
         options (`RunOptions`): of the run.
         dataset (`torch.utils.data.Dataset`): map-style; its `set_epoch` is called each epoch if it has one.
-        kwargs: further arguments of `DataLoader`, such as `collate_fn`.
     """
     needed = options.train_batch_size * accelerator.num_processes
     if len(dataset) < needed:
@@ -309,7 +351,6 @@ def make_train_loader(accelerator: Accelerator, options: RunOptions, dataset: to
         # Its own generator: making an iterator must not draw from the global one, which is restored on resume.
         generator=torch.Generator().manual_seed(options.seed),
         pin_memory=accelerator.device.type == "cuda",
-        **kwargs,
     )
     return accelerator.prepare(loader)
 
@@ -362,7 +403,27 @@ def make_lr_scheduler(
     )
 
 
+@contextlib.contextmanager
+def averaged_weights(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
+    """Inside, `model` has the weights of its moving average; without an average, its own."""
+    if ema is None:
+        yield
+        return
+    parameters = list(model.parameters())
+    ema.store(parameters)
+    try:
+        ema.copy_to(parameters)
+        yield
+    finally:
+        ema.restore(parameters)
+
+
 # ---------------------------------------------------------------- checkpoints
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that were done when a checkpoint was written."""
+    return json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))["step"]
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -376,7 +437,8 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 def start_run(accelerator: Accelerator, options: RunOptions) -> Path | None:
     """
     Prepares `output_dir` and returns the checkpoint to go on from, or None to start anew. A folder that holds something is refused unless
-    `resume_from_checkpoint` or `overwrite` is set; half-written checkpoints that a killed run left are removed.
+    `resume_from_checkpoint` or `overwrite` is set; half-written checkpoints that a killed run left are removed. If the model is to be
+    uploaded, its repository is made now, so that a missing token shows before training.
     """
     output_dir = Path(options.output_dir)
     checkpoint = None
@@ -388,12 +450,25 @@ def start_run(accelerator: Accelerator, options: RunOptions) -> Path | None:
             raise ValueError(
                 f"resume_from_checkpoint={options.resume_from_checkpoint!r} is no checkpoint (no {PROGRESS_NAME} in it)."
             )
+        step = step_of(checkpoint)
+        later = [path.name for path in list_checkpoints(output_dir) if int(path.name.split("-")[1]) > step]
+        if later:
+            raise ValueError(
+                f"resume_from_checkpoint={options.resume_from_checkpoint!r} goes back to step {step}, but "
+                f"output_dir={options.output_dir!r} has later checkpoints: delete {', '.join(later)}, or give another output_dir."
+            )
     elif not options.overwrite and output_dir.is_dir() and any(output_dir.iterdir()):
         raise ValueError(
             f"output_dir={options.output_dir!r} is not empty: give another one, resume_from_checkpoint=latest to go on, or overwrite=true."
         )
     if checkpoint is not None:
         check_resumable(accelerator, options, checkpoint)
+    if options.push_to_hub and accelerator.is_main_process:
+        try:
+            HfApi().create_repo(options.hub_model_id, exist_ok=True)
+        except Exception as error:  # no token, no connection, refused: the client's errors share no base class
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"cannot upload to hub_model_id={options.hub_model_id!r}: {reason}") from error
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -458,6 +533,9 @@ def save_checkpoint(accelerator: Accelerator, options: RunOptions, step: int):
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
-    """Loads a checkpoint into everything that was prepared or registered, and returns its step."""
+    """
+    Loads a checkpoint into everything that was prepared or registered, and returns its step. What was registered is on the CPU
+    afterwards: move it to where it was.
+    """
     accelerator.load_state(str(checkpoint))
-    return json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))["step"]
+    return step_of(checkpoint)
