@@ -1,3 +1,5 @@
+#!/usr/bin/env python
+# Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
 """
 Train a masked generative transformer on images of classes.
 

@@ -1,3 +1,4 @@
+# Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
 """The training objective of masked token modelling: which tokens are hidden, and the loss on predicting them."""
 
 import numpy as np
