@@ -93,6 +93,7 @@ def test_killed_run_resumes_to_the_same_weights(config, tmp_path):
 
 def test_two_processes_train_as_one_with_their_batch(config, tmp_path):
     overrides = ["discriminator_start=null", "restart_steps=null", "learning_rate=1e-3", "random_flip=true"]
+    overrides += ["validation_steps=null", "checkpointing_steps=null"]
     one = train(config, tmp_path / "one", *overrides, "train_batch_size=8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     command += arguments(config, tmp_path / "two", *overrides, "train_batch_size=4")
