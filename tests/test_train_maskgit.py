@@ -317,6 +317,7 @@ def test_shipped_configs_are_valid(path, monkeypatch):
         (["masking_schedule=cosin"], "cosine"),
         (["label_drop=1.5"], "from 0 to 1"),
         (["label_drop=0"], "label_drop"),
+        (["model.has_null_class=false"], "label_drop=0"),
         (["data=nowhere/at/all"], "nowhere"),
         (["validation_split=val"], "no split 'val'"),
         (["train_batch_size=500"], "200 images"),

@@ -125,6 +125,8 @@ class MaskGitOptions(RunOptions):
             raise ValueError(f"ema_decay={self.ema_decay}: give a number between 0 and 1, or null.")
         if self.guidance_scale < 0 or self.num_inference_steps < 1:
             raise ValueError("guidance_scale must be 0 or more, num_inference_steps 1 or more.")
+        if self.label_drop > 0 and self.model.get("has_null_class") is False:
+            raise ValueError("model.has_null_class=false has no label for dropped classes: give label_drop=0.")
         if self.guidance_scale != 1 and self.label_drop == 0:
             raise ValueError(
                 "guidance_scale other than 1 needs a label_drop above 0: only then is 'no class' trained."
