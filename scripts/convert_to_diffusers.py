@@ -28,8 +28,8 @@ from maskgit.conversion import (
 )
 from maskgit.conversion.folders import imagenet_labels, new_folder, write_models
 from maskgit.model_card import MODEL_ID
+from maskgit.options import user_errors
 from maskgit.publishing import push_folder_to_hub
-from maskgit.training_utils import user_errors
 
 
 def convert(args: argparse.Namespace, file: str, function: Callable[..., Converted], **given) -> Converted:

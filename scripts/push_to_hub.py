@@ -10,8 +10,8 @@ In the folder, local paths are removed from the configs, and README.md (the mode
 
 import argparse
 
+from maskgit.options import user_errors
 from maskgit.publishing import push_folder_to_hub
-from maskgit.training_utils import user_errors
 
 
 def main(argv: list[str] | None = None):

@@ -22,8 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from maskgit import MaskGitDiTTransformer2DModel, MaskGitPipeline
 from maskgit.conversion.halton import convert_halton_transformer
+from maskgit.options import load_options
 from maskgit.tokenization import load_tokenizer, tokenizer_checksum
-from maskgit.training_utils import load_options
 
 
 ROOT = Path(__file__).parents[1]

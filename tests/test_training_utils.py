@@ -11,16 +11,14 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 
+from maskgit.options import RunOptions, load_options, option
 from maskgit.training_utils import (
-    RunOptions,
     averaged_weights,
     list_checkpoints,
     load_checkpoint,
-    load_options,
     make_accelerator,
     make_lr_scheduler,
     make_train_loader,
-    option,
     save_checkpoint,
     start_run,
     training_batches,

@@ -23,8 +23,8 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from maskgit.data import TOKEN_DATASET_INFO, ImageDataset, UnreadableImageError, load_image_dataset
+from maskgit.options import user_errors
 from maskgit.tokenization import encode_images, load_tokenizer, tokenizer_checksum
-from maskgit.training_utils import user_errors
 
 
 def parse_args():

@@ -28,23 +28,19 @@ from maskgit.data import TOKEN_DATASET_INFO, ImageDataset, TokenDataset, Unreada
 from maskgit.images import make_grid
 from maskgit.masking import MaskedDataset, masked_token_loss
 from maskgit.model_card import write_model_card
+from maskgit.options import RunOptions, check_keys, load_options, option, user_errors
 from maskgit.publishing import push_folder_to_hub
 from maskgit.tokenization import encode_images, load_tokenizer, tokenizer_checksum
 from maskgit.training_utils import (
-    RunOptions,
     averaged_weights,
-    check_keys,
     load_checkpoint,
-    load_options,
     make_accelerator,
     make_lr_scheduler,
     make_train_loader,
-    option,
     save_checkpoint,
     start_run,
     start_trackers,
     training_batches,
-    user_errors,
 )
 
 

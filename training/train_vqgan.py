@@ -30,23 +30,19 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from maskgit.data import ImageDataset, UnreadableImageError, load_image_dataset
+from maskgit.options import RunOptions, check_keys, load_options, option, user_errors
 from maskgit.publishing import push_folder_to_hub
 from maskgit.tokenization import decode_tokens, encode_images
 from maskgit.training_utils import (
-    RunOptions,
     averaged_weights,
-    check_keys,
     load_checkpoint,
-    load_options,
     make_accelerator,
     make_lr_scheduler,
     make_train_loader,
-    option,
     save_checkpoint,
     start_run,
     start_trackers,
     training_batches,
-    user_errors,
 )
 
 
