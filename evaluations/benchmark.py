@@ -32,6 +32,7 @@ import torch
 import maskgit
 from maskgit import MaskGitDiTTransformer2DModel, MaskGitPipeline
 from maskgit.loading import DTYPES, SCHEDULERS, load_pipeline
+from maskgit.options import user_errors
 
 
 # Random weights of the published sizes, at 256 x 256 pixels.
@@ -281,13 +282,11 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU.")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with user_errors():
         report = benchmark(args)
         if args.output is not None:
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     print(f"{report['device']}, {report['num_threads']} threads, load {report['load_average'][0]:.1f}")
     print(to_markdown(report))
 

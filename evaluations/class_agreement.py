@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from maskgit.data import ImageDataset, load_image_dataset
 from maskgit.images import make_grid
 from maskgit.loading import load_pipeline
+from maskgit.options import user_errors
 from maskgit.tokenization import decode_tokens, encode_images
 
 
@@ -104,10 +105,11 @@ def main():
     args = parser.parse_args()
 
     output_dir = Path(args.output_dir)
-    if (output_dir / "result.json").exists() and not args.overwrite:
-        parser.error(f"{output_dir / 'result.json'} is there already: give another --output_dir, or --overwrite.")
-
-    try:
+    with user_errors():
+        if (output_dir / "result.json").exists() and not args.overwrite:
+            raise ValueError(
+                f"{output_dir / 'result.json'} is there already: give another --output_dir, or --overwrite."
+            )
         pipe = load_pipeline(args.model, device=args.device)
         num_classes = pipe.transformer.config.num_classes
         if args.num_images % num_classes:
@@ -139,8 +141,6 @@ def main():
             saved = {"trained_on": trained_on, "state_dict": classifier.state_dict()}
             torch.save(saved, output_dir / CLASSIFIER_NAME)
         classifier.load_state_dict(saved["state_dict"])
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
 
     def share_correct(images, labels):
         return (classify(classifier, images, args.device) == labels).float().mean().item()

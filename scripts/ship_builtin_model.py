@@ -8,10 +8,8 @@ Put a trained pipeline into the package as a built-in model, in float16.
 import argparse
 import shutil
 
-import torch
-
-from maskgit import MaskGitPipeline
-from maskgit.loading import BUILTIN_MODELS
+from maskgit.loading import BUILTIN_MODELS, load_pipeline
+from maskgit.options import user_errors
 
 
 MAX_MEGABYTES = 15  # of all built-in models together: they travel with every clone
@@ -25,12 +23,10 @@ def main():
     args = parser.parse_args()
 
     target = BUILTIN_MODELS / args.name
-    if target.exists() and not args.overwrite:
-        parser.error(f"there is a built-in model {args.name!r}: add --overwrite to replace it.")
-    try:
-        pipe = MaskGitPipeline.from_pretrained(args.pipeline, dtype=torch.float16)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    with user_errors():
+        if target.exists() and not args.overwrite:
+            raise ValueError(f"there is a built-in model {args.name!r}: add --overwrite to replace it.")
+        pipe = load_pipeline(args.pipeline, dtype="float16", device="cpu")
     shutil.rmtree(target, ignore_errors=True)
     pipe.save_pretrained(target)
     # Inside the package its own classes are used: copies of their sources would only grow old.
@@ -38,8 +34,9 @@ def main():
         source.unlink()
     total = sum(path.stat().st_size for path in BUILTIN_MODELS.rglob("*") if path.is_file()) / 1e6
     print(f"Wrote {target}. The built-in models are {total:.1f} MB together.")
-    if total > MAX_MEGABYTES:
-        parser.error(f"that is more than {MAX_MEGABYTES} MB: make a model smaller.")
+    with user_errors():
+        if total > MAX_MEGABYTES:
+            raise ValueError(f"that is more than {MAX_MEGABYTES} MB: make a model smaller.")
 
 
 if __name__ == "__main__":

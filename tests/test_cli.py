@@ -193,7 +193,10 @@ def test_nothing_is_written_when_the_pipeline_refuses(tiny_pipeline_dir, tmp_pat
     (model / "model_index.json").write_text(json.dumps(index | {"call_defaults": {"guidance_scale": -2.0}}))
     assert main(["sample", "--model", str(model), "--output_dir", str(tmp_path / "out")]) == 2
     output = capfd.readouterr()
-    assert output.err == "maskgit: error: `guidance_scale` is -2.0, but must be a number of at least 0; 1 is no guidance.\n"
+    assert (
+        output.err
+        == "maskgit: error: `guidance_scale` is -2.0, but must be a number of at least 0; 1 is no guidance.\n"
+    )
     assert not (tmp_path / "out").exists()
 
 
