@@ -38,6 +38,8 @@ def _classes(text: str) -> list[int | str] | None:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise argparse.ArgumentTypeError(f"must be class ids or names with commas between, or all, but is {text!r}")
+    if "all" in parts:
+        raise argparse.ArgumentTypeError(f"must be all, or classes without it, but is {text!r}")
     return [int(part) if re.fullmatch(r"-?\d+", part) else part for part in parts]
 
 

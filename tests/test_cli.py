@@ -156,6 +156,7 @@ def test_overwrite_replaces_files_of_the_same_names_only(sample, tiny_pipeline_d
     [
         (["--classes", "10"], "no class 10: this model's classes are 0 to 9"),
         (["--classes", "-1"], "no class -1"),
+        (["--classes", "all,0"], "must be all, or classes without it"),
         (["--classes", "ankle bot"], "Unknown class name 'ankle bot'. Did you mean 'ankle boot'?"),
         (["--classes", ""], "--classes: must be class ids or names"),
         (["--classes", "1,,2"], "--classes: must be class ids or names"),

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import AmusedScheduler
+from diffusers import AmusedScheduler, DDIMScheduler
 from PIL import Image
 
 from maskgit import ConfidenceScheduler, HaltonScheduler, MaskGitDiTTransformer2DModel, MaskGitPipeline
@@ -468,3 +468,14 @@ def test_compiled_transformer(pipe, tmp_path):
     assert torch.equal(tokens(pipe, [1, 2]), expected)
     pipe.save_pretrained(tmp_path)
     assert torch.equal(tokens(load(tmp_path), [1, 2]), expected)
+
+
+def test_a_scheduler_of_another_kind_is_refused(pipe):
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match="DDIMScheduler does not sample masked tokens.*HaltonScheduler"):
+        pipe(1)
+
+
+def test_classes_are_listed_when_no_name_is_near(pipe):
+    with pytest.raises(ValueError, match="'xylophone'. The classes are .*ankle boot"):
+        pipe("xylophone")

@@ -148,7 +148,11 @@ def load_data(options: MaskGitOptions):
             )
     else:
         if options.tokenizer is None or options.image_size is None:
-            raise ValueError(f"{options.data} is no token dataset; training on images needs tokenizer and image_size.")
+            found = "is no token dataset" if Path(options.data).exists() else "is not there"
+            raise ValueError(
+                f"{options.data} {found}: encode images with encode_dataset.py, or give tokenizer and image_size to train on "
+                "images."
+            )
         tokenizer = load_tokenizer(options.tokenizer)
         images = [load_image_dataset(options.data, split) for split in splits]
         if "label" not in images[0].features:
@@ -294,6 +298,8 @@ class Trainer:
         bar = tqdm(
             total=options.max_train_steps, initial=self.step, desc="steps", disable=not accelerator.is_main_process
         )
+        if self.step == options.max_train_steps:
+            logger.info(f"nothing is left to train: the checkpoint has all {self.step} steps")
         history, start = [], time.perf_counter()
         while self.step < options.max_train_steps:
             learning_rate = self.lr_scheduler.get_last_lr()[0]

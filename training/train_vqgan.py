@@ -86,7 +86,8 @@ class TokenizerOptions(RunOptions):
     )
     train_split: str = option("train", help="Split of the data to train on.")
     validation_split: str | None = option(
-        None, help="Split of held-out images; null: validation_images of the training images are held out."
+        None,
+        help="Split of held-out images; null: validation_images of the training images are held out, at most a tenth.",
     )
     validation_images: int = option(
         1000, help="Held-out images used at each validation; the last one uses all of them."
@@ -284,13 +285,12 @@ def main(options: TokenizerOptions):
         images = load_image_dataset(options.data, options.train_split)
         if options.validation_split is not None:
             held_out = load_image_dataset(options.data, options.validation_split)
-        elif len(images) <= options.validation_images:
-            raise ValueError(
-                f"{options.data} has {len(images)} images, of which validation_images={options.validation_images} should be "
-                "held out: give fewer, or a validation_split."
-            )
         else:
-            parts = images.train_test_split(test_size=options.validation_images, seed=options.seed)
+            count = min(options.validation_images, len(images) // 10)
+            if count == 0:
+                raise ValueError(f"{options.data} has only {len(images)} images: give more, or a validation_split.")
+            logger.info(f"{count} of the {len(images):,} training images are held out for validation")
+            parts = images.train_test_split(test_size=count, seed=options.seed)
             images, held_out = parts["train"], parts["test"]
         images = ImageDataset(images, options.image_size, options.random_crop, options.random_flip, options.seed)
         loader = make_train_loader(accelerator, options, images)
@@ -316,7 +316,14 @@ def main(options: TokenizerOptions):
     if options.perceptual_weight:
         import lpips
 
-        perceptual = lpips.LPIPS(net="vgg").requires_grad_(False).eval().to(accelerator.device)
+        try:
+            perceptual = lpips.LPIPS(net="vgg").requires_grad_(False).eval().to(accelerator.device)
+        except OSError as error:  # its VGG16 is downloaded
+            with user_errors():
+                raise ValueError(
+                    f"perceptual_weight={options.perceptual_weight} needs VGG16's weights, which cannot be downloaded ({error}): "
+                    "put them into torch's cache, or give perceptual_weight=0."
+                ) from None
 
     betas = (options.adam_beta1, options.adam_beta2)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=options.learning_rate, betas=betas)
@@ -438,6 +445,7 @@ def main(options: TokenizerOptions):
             if options.push_to_hub:
                 with user_errors():
                     logger.info(f"uploaded: {push_folder_to_hub(folder, options.hub_model_id)}")
+            print(f"Saved the tokenizer: {folder}")
     accelerator.end_training()
 
 

@@ -92,6 +92,8 @@ class MaskGitPipeline(DiffusionPipeline):
                 if not ids:
                     near = difflib.get_close_matches(label.strip().lower(), ids_of_name, n=3)
                     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+                    if not near and len(self.id2label) <= 20:
+                        hint = f" The classes are {', '.join(self.id2label.values())}."
                     if not ids_of_name:
                         hint = " This model has no class names (`id2label`): give class ids."
                     raise ValueError(f"Unknown class name {label!r}.{hint}")
@@ -118,6 +120,11 @@ class MaskGitPipeline(DiffusionPipeline):
     ) -> None:
         """Raise a ValueError for what cannot be sampled, before any work."""
         codebook_size = self.transformer.config.codebook_size
+        if "mask_token_id" not in self.scheduler.config:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} does not sample masked tokens: use a HaltonScheduler, ConfidenceScheduler or "
+                "AmusedScheduler."
+            )
         if self.scheduler.config.mask_token_id != codebook_size:
             raise ValueError(
                 f"The scheduler's mask_token_id is {self.scheduler.config.mask_token_id}, but this transformer's mask "
