@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 INSTALL_REQUIRES = [
     "torch>=2.6",
     "diffusers>=0.42,<0.44",
+    "transformers>=4.41.2",  # the text encoder of aMUSEd, whose pipelines run with our schedulers
     "accelerate>=1.0",
     "huggingface_hub>=1.32",
     "safetensors>=0.8",
@@ -25,7 +26,6 @@ EXTRAS["dev"] = [
     *EXTRAS["eval"],
     "peft>=0.17",
     "Jinja2",  # model cards
-    "transformers>=4.41.2",  # the text encoder of aMUSEd, whose pipelines run with our schedulers
     "pytest",
     "ruff",
 ]
