@@ -23,7 +23,7 @@ from maskgit.data import ImageDataset, load_image_dataset
 from maskgit.images import make_grid
 from maskgit.loading import load_pipeline
 from maskgit.options import user_errors
-from maskgit.tokenization import decode_tokens, encode_images
+from maskgit.tokenization import decode_tokens, encode_images, psnr
 
 
 CLASSIFIER_NAME = "classifier.pt"
@@ -148,7 +148,6 @@ def main():
     tokenizer = pipe.vqvae.float()
     tokens = torch.cat([encode_images(tokenizer, batch.to(args.device)) for batch in test_images.split(500)])
     decoded = torch.cat([decode_tokens(tokenizer, batch).cpu() for batch in tokens.split(500)])
-    errors = ((decoded + 1).mul(127.5).round() - (test_images + 1).mul(127.5).round()).square().mean(dim=(1, 2, 3))
     result = {
         "model": args.model,
         "data": args.data,
@@ -157,7 +156,7 @@ def main():
         "scheduler": type(pipe.scheduler).__name__,
         "classifier_accuracy_on_real_images": share_correct(test_images, test_labels),
         "classifier_accuracy_on_reconstructions": share_correct(decoded, test_labels),
-        "tokenizer_psnr": (10 * torch.log10(255**2 / errors.clamp(min=1e-3))).mean().item(),
+        "tokenizer_psnr": psnr(test_images, decoded).mean().item(),
         "tokenizer_codebook_usage": tokens.unique().numel() / pipe.transformer.config.codebook_size,
         "agreement": {},
     }

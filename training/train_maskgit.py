@@ -11,6 +11,7 @@ The final pipeline is in output_dir/pipeline: `maskgit sample --model output_dir
 
 import dataclasses
 import inspect
+import shutil
 import time
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -20,7 +21,6 @@ import yaml
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from tqdm.auto import tqdm
 
 from maskgit import HaltonScheduler, MaskGitDiTTransformer2DModel, MaskGitPipeline
@@ -316,10 +316,11 @@ class Trainer:
             last = self.step == options.max_train_steps
             if options.checkpointing_steps and (last or self.step % options.checkpointing_steps == 0):
                 save_checkpoint(accelerator, options, self.step)
-            if last or (options.validation_steps and self.step % options.validation_steps == 0):
+            if not last and options.validation_steps and self.step % options.validation_steps == 0:
                 self.validate()
                 start = time.perf_counter()
         bar.close()
+        self.validate()
         if accelerator.is_main_process:
             with averaged_weights(self.ema, self.transformer):
                 self.save_pipeline()
@@ -371,7 +372,11 @@ class Trainer:
             },
         )
 
-    def sample_images(self) -> Image.Image:
+    @property
+    def samples_file(self) -> Path:
+        return Path(self.options.output_dir) / "samples" / f"step-{self.step:07d}.png"
+
+    def sample_images(self):
         pipeline = self.make_pipeline()
         pipeline.set_progress_bar_config(disable=True)
         labels = list(range(min(self.num_classes, 10)))
@@ -379,17 +384,15 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):  # a compiled transformer would be compiled anew for these sizes
             images = pipeline(labels, num_images_per_label=2, generator=generators).images
         grid = make_grid(images[0::2] + images[1::2], columns=len(labels))
-        path = Path(self.options.output_dir) / "samples" / f"step-{self.step:07d}.png"
-        path.parent.mkdir(exist_ok=True)
-        grid.save(path)
+        self.samples_file.parent.mkdir(exist_ok=True)
+        grid.save(self.samples_file)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 pixels = pipeline.image_processor.pil_to_numpy(grid)
                 tracker.writer.add_images("samples", pixels, self.step, dataformats="NHWC")
-        return grid
 
     def save_pipeline(self):
-        """Write the final pipeline with a sample grid and a model card, and upload it if asked to."""
+        """Write the final pipeline with the last sample grid and a model card, and upload it if asked to."""
         options = self.options
         folder = Path(options.output_dir) / "pipeline"
         # The card is to be published: of paths on this disk it has the last part.
@@ -397,9 +400,8 @@ class Trainer:
             name: Path(value).resolve().name if isinstance(value, str) and Path(value).exists() else value
             for name, value in dataclasses.asdict(options).items()
         }
-        self.transformer.eval()
         self.make_pipeline().save_pretrained(folder)
-        self.sample_images().save(folder / "grid.png")
+        shutil.copyfile(self.samples_file, folder / "grid.png")
         images_per_step = (
             options.train_batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
         )

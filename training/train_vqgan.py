@@ -25,14 +25,14 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from torch import nn
 from tqdm.auto import tqdm
 
 from maskgit.data import ImageDataset, UnreadableImageError, load_image_dataset
+from maskgit.images import make_grid
 from maskgit.options import RunOptions, check_keys, load_options, option, user_errors
 from maskgit.publishing import push_folder_to_hub
-from maskgit.tokenization import decode_tokens, encode_images
+from maskgit.tokenization import decode_tokens, encode_images, psnr
 from maskgit.training_utils import (
     averaged_weights,
     load_checkpoint,
@@ -255,26 +255,20 @@ def validate(accelerator: Accelerator, vqvae: VQModel, loader, grid_file: Path) 
     PSNR (dB, mean over images, of images rounded to bytes) and the share of codes used on held-out images; writes a grid image of originals
     above their reconstructions.
     """
-    psnr, tokens = [], []
+    decibels, tokens = [], []
     for index, batch in enumerate(loader):
         images = batch["pixel_values"]
         indices = encode_images(vqvae, images)
         reconstructions = decode_tokens(vqvae, indices)
-        errors = (
-            (reconstructions.add(1).mul(127.5).round() - images.add(1).mul(127.5).round()).square().mean(dim=(1, 2, 3))
-        )
-        psnr.append(accelerator.gather_for_metrics(10 * torch.log10(255**2 / errors.clamp(min=1e-3))))
+        decibels.append(accelerator.gather_for_metrics(psnr(images, reconstructions)))
         tokens.append(accelerator.gather_for_metrics(indices))
         if index == 0 and accelerator.is_main_process:
             count = min(16, len(images))
             pictures = torch.cat([images[:count], reconstructions[:count]]).cpu()
-            pictures = VaeImageProcessor.numpy_to_pil(
-                VaeImageProcessor.pt_to_numpy(pictures.mul(0.5).add(0.5).clamp(0, 1))
-            )
             grid_file.parent.mkdir(parents=True, exist_ok=True)
-            make_image_grid(pictures, rows=2, cols=count).save(grid_file)
+            make_grid(VaeImageProcessor().postprocess(pictures), columns=count).save(grid_file)
     used = torch.cat(tokens).unique().numel()
-    return {"psnr": torch.cat(psnr).mean().item(), "codebook_usage": used / vqvae.config.num_vq_embeddings}
+    return {"psnr": torch.cat(decibels).mean().item(), "codebook_usage": used / vqvae.config.num_vq_embeddings}
 
 
 def main(options: TokenizerOptions):
@@ -355,7 +349,8 @@ def main(options: TokenizerOptions):
         adversarial = options.discriminator_start is not None and step >= options.discriminator_start
         with accelerator.accumulate(wrapped_tokenizer, wrapped_discriminator):
             reconstruction, quantizer_loss, latents, indices = wrapped_tokenizer(images)
-            tokenizer.code_counts += accelerator.reduce(torch.bincount(indices, minlength=len(codebook)))
+            if options.restart_steps:
+                tokenizer.code_counts += accelerator.reduce(torch.bincount(indices, minlength=len(codebook)))
             distance = F.l1_loss if options.reconstruction_loss == "l1" else F.mse_loss
             reconstruction_loss = distance(reconstruction, images)
             losses = {"reconstruction": reconstruction_loss, "quantizer": quantizer_loss}

@@ -61,6 +61,14 @@ def encode_images(tokenizer: ModelMixin, images: torch.Tensor) -> torch.Tensor:
     return indices.view(latents.shape[0], *latents.shape[-2:])
 
 
+def psnr(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of each image, float (batch,), of both (batch, 3, height, width) in [-1, 1], as bytes."""
+    errors = (
+        (images.add(1).mul(127.5).round() - reconstructions.add(1).mul(127.5).round()).square().mean(dim=(1, 2, 3))
+    )
+    return 10 * torch.log10(255**2 / errors.clamp(min=1e-3))  # at most 78 dB, for equal images
+
+
 @torch.no_grad()
 def decode_tokens(tokenizer: ModelMixin, tokens: torch.Tensor) -> torch.Tensor:
     """
