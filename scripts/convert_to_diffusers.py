@@ -11,33 +11,51 @@ tensors. Nothing is written unless every tensor is accounted for and the written
 """
 
 import argparse
-from collections.abc import Callable
+import json
 from pathlib import Path
 
-from diffusers import VQModel
 from huggingface_hub.utils import validate_repo_id
 
-from maskgit import HaltonScheduler, MaskGitDiTTransformer2DModel
-from maskgit.conversion import (
-    ConversionError,
-    Converted,
-    convert_halton_transformer,
-    convert_llamagen_tokenizer,
-    halton,
-    read_weights,
-)
+from maskgit.conversion import ConversionError, Converted
+from maskgit.conversion.cards import write_card
 from maskgit.conversion.folders import imagenet_labels, new_folder, write_models
-from maskgit.model_card import MODEL_ID
+from maskgit.conversion.sources import SOURCES, Part, check_fit
 from maskgit.options import user_errors
 from maskgit.publishing import push_folder_to_hub
 
 
-def convert(args: argparse.Namespace, file: str, function: Callable[..., Converted], **given) -> Converted:
-    """Converts one file and says what was found in it."""
+# What tensors do not tell, for the sources that list it among their options.
+OPTIONS = {
+    "num_attention_heads": {
+        "type": int,
+        "metavar": "N",
+        "help": "attention heads (default: those of the published model of this width)",
+    },
+    "sample_size": {
+        "type": int,
+        "nargs": 2,
+        "metavar": ("H", "W"),
+        "help": "token grid, where it is not square",
+    },
+    "codebook_size": {
+        "type": int,
+        "metavar": "K",
+        "help": "number of codes (default: the tokenizer's if given, else the published model's)",
+    },
+    "num_classes": {
+        "type": int,
+        "metavar": "N",
+        "help": "number of classes (default: what the vocabulary leaves beside the codes)",
+    },
+}
+
+
+def convert(args: argparse.Namespace, part: Part, file: str, **options) -> Converted:
+    """Converts one file or folder and says what was found in it."""
     print(f"reading {file}")
-    weights, others = read_weights(file, trust_pickle=args.trust_pickle)
+    weights, others, *config = part.read(file, trust_pickle=args.trust_pickle)
     try:
-        converted = function(weights, **given)
+        converted = part.convert(weights, *config, **options)
     except ConversionError as error:
         raise ConversionError(f"{file}: {error}") from None
     parameters = sum(tensor.numel() for tensor in converted.state_dict.values())
@@ -47,47 +65,53 @@ def convert(args: argparse.Namespace, file: str, function: Callable[..., Convert
     return converted
 
 
-def convert_halton(args: argparse.Namespace, folder: Path) -> None:
-    models = {}
-    if args.transformer:
-        heads, grid = args.num_attention_heads, args.sample_size
-        models["transformer"] = (
-            MaskGitDiTTransformer2DModel,
-            convert(args, args.transformer, convert_halton_transformer, num_attention_heads=heads, sample_size=grid),
-        )
-        if heads is None:
+def convert_source(args: argparse.Namespace, folder: Path) -> None:
+    """Converts what is given and writes it into `folder`."""
+    source = SOURCES[args.source]
+    converted = {}
+    for name, part, file in (
+        ("vqvae", source.tokenizer, args.tokenizer),
+        ("transformer", source.transformer, args.transformer),
+    ):
+        if not file:
+            continue
+        options = {option: getattr(args, option) for option in part.options}
+        if "vqvae" in converted and "codebook_size" in options and options["codebook_size"] is None:
+            options["codebook_size"] = converted["vqvae"].config["num_vq_embeddings"]
+        converted[name] = convert(args, part, file, **options)
+        if "num_attention_heads" in options and options["num_attention_heads"] is None:
             print("  num_attention_heads is that of the published model of this width: tensors do not tell it")
-    if args.tokenizer:
-        models["vqvae"] = (VQModel, convert(args, args.tokenizer, convert_llamagen_tokenizer))
 
-    configs = {name: model[1].config for name, model in models.items()}
+    configs = {name: converted[name].config for name in ("transformer", "vqvae") if name in converted}
     pipeline_arguments = {}
-    if len(models) == 2:
-        halton.check_fit(configs["transformer"], configs["vqvae"])
+    if len(configs) == 2:
+        check_fit(source, configs["transformer"], configs["vqvae"])
         pipeline_arguments = {
-            "scheduler": HaltonScheduler(mask_token_id=configs["transformer"]["codebook_size"]),
+            "scheduler": source.make_scheduler(configs["transformer"]),
             "id2label": imagenet_labels() if configs["transformer"]["num_classes"] == 1000 else None,
-            "call_defaults": halton.call_defaults(configs["transformer"]),
+            "call_defaults": source.call_defaults(configs["transformer"]),
         }
     print("writing and verifying")
+    parts = {"transformer": source.transformer, "vqvae": source.tokenizer}
+    models = {name: (parts[name].model_class, converted.pop(name)) for name in configs}
     write_models(folder, models, **pipeline_arguments)
-    halton.write_card(folder, configs.get("transformer"), configs.get("vqvae"), args.push_to_hub or MODEL_ID)
+    write_card(folder, [parts[name].describe(config) for name, config in configs.items()], args.push_to_hub)
 
 
-def how_to_use(output_dir: str, parts: list[str]) -> str:
-    if len(parts) == 2:
+def how_to_use(folder: Path) -> str:
+    if (folder / "model_index.json").is_file():
         return (
             "    from maskgit import MaskGitPipeline\n\n"
-            f'    pipe = MaskGitPipeline.from_pretrained("{output_dir}")\n'
+            f'    pipe = MaskGitPipeline.from_pretrained("{folder}")\n'
             '    pipe(class_labels=1).images[0].save("sample.png")\n\n'
-            f"or: maskgit sample --model {output_dir} --classes 1"
+            f"or: maskgit sample --model {folder} --classes 1"
         )
-    module, name = {"transformer": ("maskgit", "MaskGitDiTTransformer2DModel"), "vqvae": ("diffusers", "VQModel")}[
-        parts[0]
-    ]
+    config = next(folder.glob("*/config.json"))
+    name = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+    module = "diffusers" if name == "VQModel" else "maskgit"
     return (
         f"    from {module} import {name}\n\n"
-        f'    model = {name}.from_pretrained("{output_dir}", subfolder="{parts[0]}")'
+        f'    model = {name}.from_pretrained("{folder}", subfolder="{config.parent.name}")'
     )
 
 
@@ -103,38 +127,31 @@ def main(argv: list[str] | None = None):
         help="open pickles that hold more than tensors, which lets them run any program: for files you trust",
     )
     common.add_argument("--push_to_hub", metavar="ID", help="also upload the folder to this Hub repository, user/name")
-
-    source = sources.add_parser(
-        "halton",
-        parents=[common],
-        help="Halton-MaskGIT transformer, LlamaGen tokenizer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    source.add_argument("--transformer", metavar="FILE", help="ImageNet_{256,384}_{tiny,small,base,large}.pth")
-    source.add_argument("--tokenizer", metavar="FILE", help="vq_ds16_c2i.pt; with the transformer: a whole pipeline")
-    source.add_argument(
-        "--num_attention_heads",
-        type=int,
-        metavar="N",
-        help="heads (default: those of the published model of this width)",
-    )
-    source.add_argument(
-        "--sample_size", type=int, nargs=2, metavar=("H", "W"), help="token grid, where it is not square"
-    )
-    source.set_defaults(convert=convert_halton)
+    for name, source in SOURCES.items():
+        command = sources.add_parser(
+            name,
+            parents=[common],
+            help=source.summary,
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--transformer", metavar="PATH", help=source.transformer.files)
+        command.add_argument(
+            "--tokenizer", metavar="PATH", help=f"{source.tokenizer.files}; with the transformer: a whole pipeline"
+        )
+        for option in dict.fromkeys(source.transformer.options + source.tokenizer.options):
+            command.add_argument(f"--{option}", **OPTIONS[option])
 
     args = parser.parse_args(argv)
     with user_errors():
         inputs = [file for file in (args.transformer, args.tokenizer) if file]
         if not inputs:
-            raise ConversionError("nothing to convert: give --transformer FILE, --tokenizer FILE or both.")
+            raise ConversionError("nothing to convert: give --transformer PATH, --tokenizer PATH or both.")
         if args.push_to_hub:
             validate_repo_id(args.push_to_hub)
         with new_folder(args.output_dir, args.overwrite, inputs) as folder:
-            args.convert(args, folder)
-            parts = [name for name in ("transformer", "vqvae") if (folder / name).is_dir()]
-        print(f"wrote {args.output_dir}\n\nUse it:\n\n{how_to_use(args.output_dir, parts)}")
+            convert_source(args, folder)
+        print(f"wrote {args.output_dir}\n\nUse it:\n\n{how_to_use(Path(args.output_dir))}")
         if args.push_to_hub:
             print(f"\nuploaded: {push_folder_to_hub(args.output_dir, args.push_to_hub)}")
 

@@ -4,11 +4,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from ..model_card import MODEL_ID, write_model_card
+from ..schedulers import HaltonScheduler
+from .cards import Card
 from .checkpoints import ConversionError, Converted, Rename, common_size, count_indices, rename_tensors
 
 
@@ -168,12 +168,7 @@ def convert_halton_transformer(
 
 
 def check_fit(transformer: Mapping, tokenizer: Mapping) -> None:
-    """Raises a `ConversionError` unless the transformer, by its config, predicts this tokenizer's codes."""
-    if transformer["codebook_size"] != tokenizer["num_vq_embeddings"]:
-        raise ConversionError(
-            f"the transformer predicts {transformer['codebook_size']} codes, but the tokenizer has "
-            f"{tokenizer['num_vq_embeddings']}: they do not belong together."
-        )
+    """Raises a `ConversionError` where a published transformer, by its config, is given another tokenizer than its own."""
     published = published_result(transformer)
     factor = 2 ** (len(tokenizer["block_out_channels"]) - 1)
     if published is not None and factor != published.downsampling:
@@ -182,6 +177,11 @@ def check_fit(transformer: Mapping, tokenizer: Mapping) -> None:
             f"makes one token of {published.downsampling} x {published.downsampling} pixels (vq_ds16_c2i.pt), but this "
             f"tokenizer makes one of {factor} x {factor}: they do not belong together."
         )
+
+
+def make_scheduler(transformer: Mapping) -> HaltonScheduler:
+    """The published sampler."""
+    return HaltonScheduler(mask_token_id=transformer["codebook_size"])
 
 
 def call_defaults(transformer: Mapping) -> dict | None:
@@ -195,86 +195,46 @@ def call_defaults(transformer: Mapping) -> dict | None:
     }
 
 
-CITATIONS = {
-    "transformer": """\
+CITATION = """\
 @inproceedings{besnier2025halton,
   title     = {Halton Scheduler for Masked Generative Image Transformer},
   author    = {Besnier, Victor and Chen, Mickael and Hurych, David and Valle, Eduardo and Cord, Matthieu},
   booktitle = {International Conference on Learning Representations},
   year      = {2025}
 }
-""",
-    "vqvae": """\
-@article{sun2024autoregressive,
-  title   = {Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation},
-  author  = {Sun, Peize and Jiang, Yi and Chen, Shoufa and Zhang, Shilong and Peng, Bingyue and Luo, Ping and Yuan, Zehuan},
-  journal = {arXiv preprint arXiv:2406.06525},
-  year    = {2024}
-}
-""",
-}
+"""
 
 
-def write_card(folder: Path, transformer: Mapping | None, tokenizer: Mapping | None, model_id: str = MODEL_ID) -> None:
-    """The model card of a converted transformer, tokenizer or both, given by their configs."""
-    title, summary, base_model, licences, conversion, sections = "LlamaGen tokenizer", "", [], [], [], {}
-    if transformer is not None:
-        title = "Halton-MaskGIT"
-        summary = (
-            "A class-conditional masked generative image transformer in the format of "
-            "[Halton-MaskGIT](https://github.com/valeoai/Halton-MaskGIT) ([paper](https://arxiv.org/abs/2503.17076)), "
-            "converted for diffusers. "
+def describe_transformer(config: Mapping) -> Card:
+    """The model card's part about a converted transformer."""
+    title, base_model, results, training = "Halton-MaskGIT", None, "", ""
+    published = published_result(config)
+    if published is not None:
+        title += f" {published.name}, {published.image_size} px"
+        base_model = "llvictorll/Halton-Maskgit"
+        results = (
+            "Published by the authors for their model of this size, not measured on this conversion: ImageNet, 50,000 "
+            "images, Halton scheduler.\n\n"
+            "| steps | guidance_scale (1 + the paper's w) | FID | inception score |\n|---|---|---|---|\n"
+            f"| {published.num_inference_steps} | {call_defaults(config)['guidance_scale']} | {published.fid} | "
+            f"{published.inception_score} |"
         )
-        licences.append("Halton-MaskGIT, code and weights: MIT.")
-        conversion.append(
-            "The two input matrices of each feed-forward layer were joined, and the output matrix, a copy of the token "
-            "embedding, was left out; all other tensors were renamed only. On small random checkpoints the converted "
-            "model's logits agree with those of the published code to 2e-4 (float32, CPU)."
+        training = (
+            "ImageNet-1k, training split, as tokens of the LlamaGen tokenizer; 1.5 million steps of batch 256, by the "
+            "authors. The model knows the 1000 classes of that data only, and shares its biases."
         )
-        published = published_result(transformer)
-        if published is not None:
-            title += f" {published.name}, {published.image_size} px"
-            base_model.append("llvictorll/Halton-Maskgit")
-            sections["Results"] = (
-                "Published by the authors for their model of this size, not measured on this conversion: ImageNet, 50,000 "
-                "images, Halton scheduler.\n\n"
-                "| steps | guidance_scale (1 + the paper's w) | FID | inception score |\n|---|---|---|---|\n"
-                f"| {published.num_inference_steps} | {call_defaults(transformer)['guidance_scale']} | {published.fid} | "
-                f"{published.inception_score} |"
-            )
-            sections["Training"] = (
-                "ImageNet-1k, training split, as tokens of the LlamaGen tokenizer; 1.5 million steps of batch 256, by the "
-                "authors. The model knows the 1000 classes of that data only, and shares its biases."
-            )
-    if tokenizer is not None:
-        summary += (
-            "The tokenizer between images and codes is in the format of "
-            "[LlamaGen](https://github.com/FoundationVision/LlamaGen) ([paper](https://arxiv.org/abs/2406.06525)), "
-            "converted to `diffusers.VQModel`."
-        )
-        base_model.append("FoundationVision/LlamaGen")
-        licences.append("LlamaGen, code and weights: MIT.")
-        conversion.append(
-            "The tokenizer's codes were scaled to length 1, as LlamaGen does at each use. On small random checkpoints its "
-            "codes equal those of the published code, and its images agree to 1e-4 (float32, CPU)."
-        )
-    if transformer is not None:
-        licences.append("The Python files in this folder: Apache-2.0.")
-    citations = [CITATIONS[name] for name, part in {"transformer": transformer, "vqvae": tokenizer}.items() if part]
-    sections |= {
-        "Conversion": "\n\n".join(conversion),
-        "Licence": " ".join(licences),
-        "Citation": "```bibtex\n" + "\n".join(citations) + "```",
-    }
-    known = "Results" in sections
-    write_model_card(
-        folder,
+    return Card(
         title=title,
-        summary=summary.strip(),
-        sections=sections,
-        model_id=model_id,
+        summary="A class-conditional masked generative image transformer in the format of "
+        "[Halton-MaskGIT](https://github.com/valeoai/Halton-MaskGIT) ([paper](https://arxiv.org/abs/2503.17076)), "
+        "converted for diffusers.",
+        conversion="The two input matrices of each feed-forward layer were joined, and the output matrix, a copy of the token "
+        "embedding, was left out; all other tensors were renamed only. On small random checkpoints the converted "
+        "model's logits agree with those of the published code to 2e-4 (float32, CPU).",
+        licence="Halton-MaskGIT, code and weights: MIT.",
+        citation=CITATION,
         license="mit",
-        datasets=["ILSVRC/imagenet-1k"] if known else [],
-        base_model=base_model if known or transformer is None else [],
-        metrics=["fid", "inception_score"] if known else [],
+        base_model=base_model,
+        results=results,
+        training=training,
     )

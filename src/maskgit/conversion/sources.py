@@ -1,0 +1,95 @@
+# Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
+"""The published projects whose checkpoints can be converted: one entry of `SOURCES` each."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from diffusers import ModelMixin, SchedulerMixin, VQModel
+
+from ..models import MaskGitDiTTransformer2DModel
+from . import halton, llamagen
+from .cards import Card
+from .checkpoints import ConversionError, Converted, read_weights
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    One part of a published pipeline.
+
+    Args:
+        files (`str`): Names of the published files, for the command's help.
+        model_class (`type`): What it becomes.
+        convert (`Callable`): Tensors by name (and whatever else `read` found), and `options`, to a `Converted`.
+        describe (`Callable`): The converted config to what the model card says.
+        read (`Callable`): `read(path, trust_pickle=)` gives the tensors by name, the names of the file's other entries, and
+            perhaps the config that lay beside them.
+        options (`tuple[str, ...]`): What `convert` must be told because tensors do not tell it: names of command line options
+            and keyword arguments.
+    """
+
+    files: str
+    model_class: type[ModelMixin]
+    convert: Callable[..., Converted]
+    describe: Callable[[Mapping], Card]
+    read: Callable = read_weights
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    A published project.
+
+    Args:
+        summary (`str`): One line of help.
+        transformer (`Part`): Its transformers.
+        tokenizer (`Part`): Its tokenizers.
+        make_scheduler (`Callable`): The transformer's converted config to a scheduler with the published settings.
+        call_defaults (`Callable`): The transformer's converted config to the pipeline's `call_defaults`, or None.
+        check_fit (`Callable`, *optional*): Raises a `ConversionError` where both configs do not belong together, though the
+            transformer predicts as many codes as the tokenizer has.
+    """
+
+    summary: str
+    transformer: Part
+    tokenizer: Part
+    make_scheduler: Callable[[Mapping], SchedulerMixin]
+    call_defaults: Callable[[Mapping], dict | None]
+    check_fit: Callable[[Mapping, Mapping], None] | None = None
+
+
+LLAMAGEN_TOKENIZER = Part(
+    files="vq_ds16_c2i.pt, vq_ds8_c2i.pt",
+    model_class=VQModel,
+    convert=llamagen.convert_llamagen_tokenizer,
+    describe=llamagen.describe_tokenizer,
+)
+
+SOURCES = {
+    "halton": Source(
+        summary="Halton-MaskGIT transformer, LlamaGen tokenizer",
+        transformer=Part(
+            files="ImageNet_{256,384}_{tiny,small,base,large}.pth",
+            model_class=MaskGitDiTTransformer2DModel,
+            convert=halton.convert_halton_transformer,
+            describe=halton.describe_transformer,
+            options=("num_attention_heads", "sample_size"),
+        ),
+        tokenizer=LLAMAGEN_TOKENIZER,
+        make_scheduler=halton.make_scheduler,
+        call_defaults=halton.call_defaults,
+        check_fit=halton.check_fit,
+    ),
+}
+
+
+def check_fit(source: Source, transformer: Mapping, tokenizer: Mapping) -> None:
+    """Raises a `ConversionError` unless the transformer, by its config, predicts this tokenizer's codes."""
+    if transformer["codebook_size"] != tokenizer["num_vq_embeddings"]:
+        raise ConversionError(
+            f"the transformer predicts {transformer['codebook_size']} codes, but the tokenizer has "
+            f"{tokenizer['num_vq_embeddings']}: they do not belong together."
+        )
+    if source.check_fit is not None:
+        source.check_fit(transformer, tokenizer)
