@@ -2,7 +2,7 @@
 """Masked generative image transformers for diffusers."""
 
 from .loading import builtin
-from .models import MaskGitDiTTransformer2DModel
+from .models import MaskGitDiTTransformer2DModel, MaskGitViTTransformer2DModel
 from .pipelines import MaskGitPipeline
 from .schedulers import ConfidenceScheduler, HaltonScheduler
 

@@ -1,2 +1,3 @@
 # Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
 from .transformer_dit import MaskGitDiTTransformer2DModel
+from .transformer_vit import MaskGitViTTransformer2DModel
