@@ -396,3 +396,19 @@ def test_autocast_trains(model):
         logits = trained(*make_inputs()).logits
     logits.float().square().mean().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in trained.parameters())
+
+
+def test_class_embeddings_are_replaced_but_for_no_class():
+    torch.manual_seed(0)
+    model = MaskGitDiTTransformer2DModel(
+        codebook_size=8, num_classes=4, sample_size=2, hidden_size=16, num_layers=1, num_attention_heads=2
+    )
+    for block in model.transformer_blocks:
+        torch.nn.init.normal_(block.adaln.weight, std=0.5)
+    tokens = torch.full((1, 4), 8)
+    no_class = model(tokens, torch.tensor([4])).logits
+    class_0 = model(tokens, torch.tensor([0])).logits
+    model.resize_class_embeddings(7)
+    assert model.config.num_classes == 7
+    assert torch.equal(model(tokens, torch.tensor([7])).logits, no_class)
+    assert not torch.equal(model(tokens, torch.tensor([0])).logits, class_0)

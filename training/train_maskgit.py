@@ -20,10 +20,12 @@ import torch
 import yaml
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from maskgit import HaltonScheduler, MaskGitDiTTransformer2DModel, MaskGitPipeline
+import maskgit
+from maskgit import ConfidenceScheduler, HaltonScheduler, MaskGitPipeline
 from maskgit.data import TOKEN_DATASET_INFO, ImageDataset, TokenDataset, UnreadableImageError, load_image_dataset
 from maskgit.images import make_grid
 from maskgit.masking import MaskedDataset, masked_token_loss
@@ -45,6 +47,14 @@ from maskgit.training_utils import (
 
 
 logger = get_logger(__name__)
+
+# architecture: its class, and the scheduler that its published models are sampled with
+ARCHITECTURES = {
+    "dit": ("MaskGitDiTTransformer2DModel", HaltonScheduler),
+    "bert": ("MaskGitBertTransformer2DModel", ConfidenceScheduler),
+    "vit": ("MaskGitViTTransformer2DModel", ConfidenceScheduler),
+    "partition": ("PartitionTransformer2DModel", HaltonScheduler),
+}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -68,6 +78,7 @@ class MaskGitOptions(RunOptions):
         *RunOptions.must_match,
         "data",
         "split",
+        "architecture",
         "model",
         "masking_schedule",
         "label_drop",
@@ -87,8 +98,13 @@ class MaskGitOptions(RunOptions):
     image_size: int | None = option(None, help="Side of the images in pixels, when data holds images.")
     random_flip: bool = option(False, help="Mirror half of the images, when data holds images.")
 
+    architecture: Literal["dit", "bert", "vit", "partition"] = option(
+        "dit",
+        help="Transformer: dit (Halton-MaskGIT), bert (Google's MaskGIT), vit (MaskGIT-pytorch v1), partition (Partition "
+        "Generative Modeling).",
+    )
     model: dict = option(
-        {}, help="Arguments of MaskGitDiTTransformer2DModel; codebook, classes and grid are those of the data."
+        {}, help="Arguments of the transformer's class; codebook, classes and grid are those of the data."
     )
     pretrained_model: str | None = option(
         None, help="Start from this pipeline's transformer (folder or Hub id) instead of random weights."
@@ -112,7 +128,7 @@ class MaskGitOptions(RunOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        allowed = set(inspect.signature(MaskGitDiTTransformer2DModel.__init__).parameters) - {"self"}
+        allowed = set(inspect.signature(self.transformer_class.__init__).parameters) - {"self"}
         check_keys(self.model, allowed - {"codebook_size", "num_classes", "sample_size"}, "option in model,")
         for name in ("label_drop", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
@@ -121,12 +137,16 @@ class MaskGitOptions(RunOptions):
             raise ValueError(f"ema_decay={self.ema_decay}: give a number between 0 and 1, or null.")
         if self.guidance_scale < 0 or self.num_inference_steps < 1:
             raise ValueError("guidance_scale must be 0 or more, num_inference_steps 1 or more.")
-        if self.label_drop > 0 and self.model.get("has_null_class") is False:
-            raise ValueError("model.has_null_class=false has no label for dropped classes: give label_drop=0.")
+        if self.architecture == "partition" and self.loss_on != "all":
+            raise ValueError("the partition transformer predicts every token from the others: give loss_on=all.")
         if self.guidance_scale != 1 and self.label_drop == 0:
             raise ValueError(
                 "guidance_scale other than 1 needs a label_drop above 0: only then is 'no class' trained."
             )
+
+    @property
+    def transformer_class(self) -> type[ModelMixin]:
+        return getattr(maskgit, ARCHITECTURES[self.architecture][0])
 
 
 def load_data(options: MaskGitOptions):
@@ -173,30 +193,43 @@ def load_data(options: MaskGitOptions):
 
 
 def make_transformer(options: MaskGitOptions, codebook_size: int, num_classes: int, grid: tuple[int, int]):
-    sizes = {"codebook_size": codebook_size, "num_classes": num_classes}
+    model_class = options.transformer_class
     sample_size = grid[0] if grid[0] == grid[1] else grid
     if options.pretrained_model is None:
-        return MaskGitDiTTransformer2DModel(**sizes, sample_size=sample_size, **options.model)
-    config = MaskGitDiTTransformer2DModel.load_config(options.pretrained_model, subfolder="transformer")
-    if config["codebook_size"] != codebook_size:
-        raise ValueError(
-            f"{options.pretrained_model} predicts {config['codebook_size']} codes, but the tokenizer has {codebook_size}: "
-            "encode the images with the tokenizer of the pretrained model."
+        transformer = model_class(
+            codebook_size=codebook_size, num_classes=num_classes, sample_size=sample_size, **options.model
         )
-    for name, value in options.model.items():
-        if name != "dropout" and config.get(name, value) != value:
+    else:
+        config = model_class.load_config(options.pretrained_model, subfolder="transformer")
+        if config["_class_name"] != model_class.__name__:
             raise ValueError(
-                f"model.{name}={value!r}, but {options.pretrained_model} has {config[name]!r}: leave it out."
+                f"{options.pretrained_model} holds a {config['_class_name']}, but architecture={options.architecture} is "
+                f"a {model_class.__name__}: give the architecture that it has."
             )
-    pretrained = MaskGitDiTTransformer2DModel.from_pretrained(options.pretrained_model, subfolder="transformer")
-    transformer = MaskGitDiTTransformer2DModel.from_config(pretrained.config, num_classes=num_classes, **options.model)
-    weights = pretrained.state_dict()
-    if weights["class_embed.weight"].shape != transformer.class_embed.weight.shape:
-        logger.warning(f"{num_classes} classes instead of {config['num_classes']}: their embeddings start at random.")
-        weights["class_embed.weight"] = transformer.class_embed.weight
-    transformer.load_state_dict(weights)
-    if transformer.config.sample_size != sample_size:
-        transformer.resize_position_embeddings(sample_size)
+        if config["codebook_size"] != codebook_size:
+            raise ValueError(
+                f"{options.pretrained_model} predicts {config['codebook_size']} codes, but the tokenizer has "
+                f"{codebook_size}: encode the images with the tokenizer of the pretrained model."
+            )
+        for name, value in options.model.items():
+            if name != "dropout" and config.get(name, value) != value:
+                raise ValueError(
+                    f"model.{name}={value!r}, but {options.pretrained_model} has {config[name]!r}: leave it out."
+                )
+        transformer = model_class.from_pretrained(
+            options.pretrained_model, subfolder="transformer", **options.model
+        ).train()
+        if transformer.config.num_classes != num_classes:
+            logger.warning(
+                f"{num_classes} classes instead of {config['num_classes']}: their embeddings start at random."
+            )
+            transformer.resize_class_embeddings(num_classes)
+        if transformer.config.sample_size != sample_size:
+            transformer.resize_position_embeddings(sample_size)
+    if options.label_drop > 0 and not transformer.config.has_null_class:
+        raise ValueError(
+            f"this {model_class.__name__} has no label for dropped classes: give label_drop=0 and guidance_scale=1."
+        )
     return transformer
 
 
@@ -364,7 +397,7 @@ class Trainer:
         return MaskGitPipeline(
             transformer=self.accelerator.unwrap_model(self.transformer),
             vqvae=self.tokenizer,
-            scheduler=HaltonScheduler(mask_token_id=self.codebook_size),
+            scheduler=ARCHITECTURES[self.options.architecture][1](mask_token_id=self.codebook_size),
             id2label=dict(enumerate(self.label_names)),
             call_defaults={
                 "guidance_scale": self.options.guidance_scale,

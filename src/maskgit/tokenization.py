@@ -81,6 +81,6 @@ def decode_tokens(tokenizer: ModelMixin, tokens: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: float32 (batch, 3, height, width), clamped to [-1, 1].
     """
-    channels = tokenizer.config.vq_embed_dim or tokenizer.config.latent_channels
-    images = tokenizer.decode(tokens, force_not_quantize=True, shape=(*tokens.shape, channels)).sample
+    shape = (*tokens.shape, tokenizer.quantize.vq_embed_dim)
+    images = tokenizer.decode(tokens, force_not_quantize=True, shape=shape).sample
     return images.float().clamp(-1, 1)

@@ -247,6 +247,20 @@ class MaskGitDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
             return (logits,)
         return MaskGitTransformerOutput(logits=logits)
 
+    def resize_class_embeddings(self, num_classes: int) -> None:
+        """
+        Replace the class embeddings by random ones for another set of classes, in place; that of "no class" stays.
+
+        Args:
+            num_classes (`int`): The new number of classes.
+        """
+        old = self.class_embed.weight
+        self.class_embed = nn.Embedding(num_classes + int(self.config.has_null_class), old.shape[1]).to(old)
+        nn.init.normal_(self.class_embed.weight, std=0.02)
+        if self.config.has_null_class:
+            self.class_embed.weight.data[-1] = old.data[-1]
+        self.register_to_config(num_classes=num_classes)
+
     def resize_position_embeddings(self, sample_size: int | tuple[int, int]) -> None:
         """
         Interpolate the position embeddings to another token grid, in place. Images of another size need some fine-tuning

@@ -337,8 +337,7 @@ class MaskGitPipeline(DiffusionPipeline):
 
     def decode_latents(self, latents: torch.LongTensor) -> torch.Tensor:
         """Images in [-1, 1], not clipped, (B, 3, H, W), of tokens (B, height, width)."""
-        config = self.vqvae.config
-        shape = (*latents.shape, config.vq_embed_dim or config.latent_channels)
+        shape = (*latents.shape, self.vqvae.quantize.vq_embed_dim)
         return self.vqvae.decode(latents, force_not_quantize=True, shape=shape).sample
 
     @classmethod
