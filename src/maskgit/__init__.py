@@ -2,7 +2,12 @@
 """Masked generative image transformers for diffusers."""
 
 from .loading import builtin
-from .models import MaskGitDiTTransformer2DModel, MaskGitViTTransformer2DModel
+from .models import (, PartitionTransformer2DModel
+    MaskGitBertTransformer2DModel,
+    MaskGitDiTTransformer2DModel,
+    MaskGitViTTransformer2DModel,
+    MaskGitVQModel,
+)
 from .pipelines import MaskGitPipeline
 from .schedulers import ConfidenceScheduler, HaltonScheduler
 
