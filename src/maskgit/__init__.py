@@ -2,14 +2,15 @@
 """Masked generative image transformers for diffusers."""
 
 from .loading import builtin
-from .models import (, PartitionTransformer2DModel
+from .models import (
     MaskGitBertTransformer2DModel,
     MaskGitDiTTransformer2DModel,
     MaskGitViTTransformer2DModel,
     MaskGitVQModel,
+    PartitionTransformer2DModel,
 )
 from .pipelines import MaskGitPipeline
-from .schedulers import ConfidenceScheduler, HaltonScheduler
+from .schedulers import ConfidenceScheduler, HaltonScheduler, SelfGuidedScheduler
 
 
 __version__ = "0.1.0.dev0"

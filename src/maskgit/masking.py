@@ -4,7 +4,9 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
 
+from .models import PartitionTransformer2DModel
 from .schedulers.scheduling_maskgit_utils import MASKING_SCHEDULES, masking_ratio
 
 
@@ -69,17 +71,19 @@ def masked_token_loss(
     label_smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Cross-entropy of the original tokens, predicted from the masked ones.
+    Cross-entropy of the original tokens, predicted from those that are left when some are masked. A partition transformer is
+    given all tokens: those that others would mask are one group, the rest is the other, and each is predicted from the other.
 
     Args:
         transformer (`torch.nn.Module`): A MaskGIT transformer, wrapped or not.
         tokens (`torch.LongTensor` of shape `(B, N)` or `(B, H, W)`): Codes in `[0, codebook_size)`.
         class_labels (`torch.LongTensor` of shape `(B,)`): Classes in `[0, num_classes)`.
-        mask (`torch.BoolTensor` of shape `(B, N)`): True where a token is hidden.
+        mask (`torch.BoolTensor` of shape `(B, N)`): True where a token is hidden, or in group 1 of a partition.
         drop_label (`torch.BoolTensor` of shape `(B,)`): True where the class is hidden.
         codebook_size (`int`): Number of codes, and the mask token's id.
         num_classes (`int`): Number of classes, and the label of "no class".
-        loss_on (`str`): "all" for the loss of all positions, as Halton-MaskGIT and MaskGIT-pytorch train, or "masked".
+        loss_on (`str`): "all" for the loss of all positions, as Halton-MaskGIT, MaskGIT-pytorch and partition transformers
+            train, or "masked".
         label_smoothing (`float`): Share of the target probability that is spread over the whole vocabulary.
 
     Returns:
@@ -87,12 +91,12 @@ def masked_token_loss(
         code gets right: 0-d tensors.
     """
     tokens = tokens.flatten(1)
-    logits = transformer(
-        tokens.masked_fill(mask, codebook_size),
-        class_labels.masked_fill(drop_label, num_classes),
-        full_vocabulary=True,
-        return_dict=False,
-    )[0].float()
+    class_labels = class_labels.masked_fill(drop_label, num_classes)
+    if isinstance(extract_model_from_parallel(transformer), PartitionTransformer2DModel):
+        inputs = {"input_ids": tokens, "group_ids": mask}
+    else:
+        inputs = {"input_ids": tokens.masked_fill(mask, codebook_size)}
+    logits = transformer(class_labels=class_labels, full_vocabulary=True, return_dict=False, **inputs)[0].float()
     losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), label_smoothing=label_smoothing, reduction="none")
     counted = mask.flatten() if loss_on == "masked" else torch.ones_like(mask).flatten()
     num_correct = ((logits.argmax(-1) == tokens) & mask).sum()

@@ -1,0 +1,486 @@
+# Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+
+# Shapes: B images, N = H * W image tokens, R register tokens, S encoded tokens (registers, BOS, image tokens), M queried
+# positions, C hidden_size, D channels of a head, K codebook_size.
+
+QUERY_MODES = ("learn", "learn+freqs", "learn+freqs+mean", "learn+freqs+logsumexp")
+
+
+@dataclass
+class MaskGitTransformerOutput(BaseOutput):
+    """
+    Output of a MaskGIT transformer.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, num_positions, codebook_size)`):
+            Unnormalised log-probabilities of the codes, at all positions in row-major order or at the `positions` asked
+            for.
+    """
+
+    logits: torch.Tensor
+
+
+def _rotate(hidden_states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Rotary positions on heads (B, S, heads, D): the first half of the channels is paired with the second."""
+    cos, sin = rotary[..., None, :].chunk(2, dim=-1)  # (1 or B, S, 1, D / 2)
+    first, second = hidden_states.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(hidden_states)
+
+
+class PartitionAttnProcessor:
+    """Attention with rotary positions, of the hidden states to themselves or to others, through diffusers' backends."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "PartitionAttention",
+        hidden_states: torch.Tensor,
+        context: torch.Tensor,
+        rotary: torch.Tensor,
+        context_rotary: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+        hidden_states = dispatch_attention_fn(
+            _rotate(query, rotary),
+            _rotate(key, context_rotary),
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        hidden_states = attn.to_out[0](hidden_states.flatten(2))
+        return attn.to_out[1](hidden_states)
+
+
+class PartitionAttention(nn.Module, AttentionModuleMixin):
+    _default_processor_cls = PartitionAttnProcessor
+    _available_processors = [PartitionAttnProcessor]
+    # Queries mostly come from elsewhere than keys and values, so the three projections stay apart.
+    _supports_qkv_fusion = False
+
+    def __init__(self, hidden_size: int, heads: int, dropout: float = 0.0, bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.to_k = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.to_v = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=bias), nn.Dropout(dropout)])
+        self.set_processor(self._default_processor_cls())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        context: torch.Tensor,
+        rotary: torch.Tensor,
+        context_rotary: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.processor(self, hidden_states, context, rotary, context_rotary, attention_mask)
+
+
+class PartitionBlock(nn.Module):
+    """
+    Transformer block whose norms are shifted, scaled and gated by the class embedding (adaLN). Its attention is to the hidden
+    states themselves, or to the encoder's output in a cross-attention block.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_attention_heads: int, intermediate_size: int, dropout: float, is_cross: bool
+    ):
+        super().__init__()
+        self.adaln = nn.Linear(hidden_size, 6 * hidden_size)
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-5, bias=False)
+        self.norm_context = nn.LayerNorm(hidden_size, eps=1e-5, bias=False) if is_cross else None
+        self.attn = PartitionAttention(hidden_size, num_attention_heads, dropout)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-5, bias=False)
+        self.ff = FeedForward(hidden_size, inner_dim=intermediate_size, activation_fn="gelu-approximate")
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        rotary: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
+        context_rotary: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """hidden_states (B, S or M, C), conditioning (B, C), context (B, S, C) for cross-attention -> as hidden_states."""
+        modulation = self.adaln(conditioning)[:, None].chunk(6, dim=-1)
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
+        queries = self.norm1(hidden_states) * (1 + scale_attn) + shift_attn
+        if self.norm_context is None:
+            context, context_rotary = queries, rotary
+        else:
+            context = self.norm_context(context)
+        attention = self.attn(queries, context, rotary, context_rotary, attention_mask)
+        hidden_states = hidden_states + gate_attn * attention
+        feed_forward = self.ff(self.norm2(hidden_states) * (1 + scale_ff) + shift_ff)
+        return hidden_states + gate_ff * self.dropout(feed_forward)
+
+
+class PartitionGroupSwap(nn.Module):
+    """From what is encoded to what is asked for: queries that know their position only, and attend to the encoder's output."""
+
+    def __init__(self, hidden_size: int, num_attention_heads: int, query_processor: str):
+        super().__init__()
+        self.query_embed = nn.Parameter(torch.randn(hidden_size))
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.attn = PartitionAttention(hidden_size, num_attention_heads, bias=True)
+        if query_processor == "mlp4":
+            self.attn.to_q = nn.Sequential(
+                nn.Linear(hidden_size, 4 * hidden_size), nn.SiLU(), nn.Linear(4 * hidden_size, hidden_size)
+            )
+
+    def forward(
+        self,
+        query_offsets: torch.Tensor,
+        context: torch.Tensor,
+        rotary: torch.Tensor,
+        context_rotary: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query_offsets (1 or B, M, C), context (B, S, C) -> (B, M, C)."""
+        queries = self.norm(self.query_embed + query_offsets).expand(len(context), -1, -1)
+        return self.attn(queries, context, rotary, context_rotary, attention_mask)
+
+
+class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+    """
+    The class-conditional transformer of Partition Generative Modeling. It has no mask token: an encoder reads known tokens
+    only, and a decoder predicts any others from them, each on its own. Training splits each image into two groups and predicts
+    every token from the other group, in one pass; sampling encodes the known tokens alone, which is what makes it fast.
+
+    Source: Deschenaux et al., "Partition Generative Modeling: Masked Modeling Without Masks" (arXiv 2505.18883).
+
+    Args:
+        codebook_size (`int`, defaults to 16384): Number K of image codes. Token K marks a masked one, and is never encoded.
+        num_classes (`int`, defaults to 1000): Number of classes.
+        sample_size (`int` or `tuple[int, int]`, defaults to 32): Tokens a side, or (height, width) of the token grid.
+        hidden_size (`int`, defaults to 1024): Width of the hidden states.
+        num_layers (`int`, defaults to 12): Number of encoder blocks.
+        num_decoder_layers (`int`, defaults to 12): Number of decoder blocks.
+        num_attention_heads (`int`, defaults to 16): Heads of each attention.
+        intermediate_size (`int`, *optional*): Width inside the feed-forward layers. Defaults to `4 * hidden_size`.
+        num_register_tokens (`int`, defaults to 2): Learned tokens before the others, half of them for each group: even.
+        self_attention_layers (`list[int]`, *optional*): Decoder blocks, counted from 0, that attend to the queries of their
+            own group instead of the encoder's output. None in the published models ("cross-only"); the paper's code can
+            mix them: "interleave" is every second one, the other modes are other lists. When sampling, such a block sees the
+            masked ones among the `positions` of a call and not their group's registers, as published: its result depends on
+            what else is asked for, and differs from training.
+        query_mode (`str`, defaults to `"learn+freqs"`): What the decoder's first queries are made of: a learned vector, the
+            sinusoids of the position, and the mean or logsumexp of the encoder's output. One of learn, learn+freqs,
+            learn+freqs+mean and learn+freqs+logsumexp.
+        query_processor (`str`, defaults to `"linear"`): Their projection: "linear", or "mlp4" with a hidden layer of four
+            times the width.
+        has_null_class (`bool`, defaults to `True`): Whether label `num_classes` means "no class", which classifier-free
+            guidance needs.
+        dropout (`float`, defaults to 0.0): Dropout on attention outputs and feed-forward outputs, in training. The published
+            models were trained with 0.1.
+        rotary_frequencies (`list[float]`, *optional*): Radians a position by which each pair of channels is rotated. Defaults
+            to powers of 10000; converted checkpoints have the numbers of their file, since rounding shows in long sequences.
+        trained_sample_size (`int` or `tuple[int, int]`, *optional*): Token grid of the training, when `sample_size` is
+            another one: positions are interpolated.
+        published_lengths (`bool`, defaults to `False`): Whether sampling hides the last half-of-the-registers known tokens
+            from every attention, as the published samplers do by mistake: their lengths do not count the registers.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["PartitionBlock", "PartitionGroupSwap"]
+    _repeated_blocks = ["PartitionBlock"]
+    _skip_layerwise_casting_patterns = ["embed", "norm", "adaln"]
+
+    @register_to_config
+    def __init__(
+        self,
+        codebook_size: int = 16384,
+        num_classes: int = 1000,
+        sample_size: int | tuple[int, int] = 32,
+        hidden_size: int = 1024,
+        num_layers: int = 12,
+        num_decoder_layers: int = 12,
+        num_attention_heads: int = 16,
+        intermediate_size: int | None = None,
+        num_register_tokens: int = 2,
+        self_attention_layers: list[int] | None = None,
+        query_mode: str = "learn+freqs",
+        query_processor: str = "linear",
+        has_null_class: bool = True,
+        dropout: float = 0.0,
+        rotary_frequencies: list[float] | None = None,
+        trained_sample_size: int | tuple[int, int] | None = None,
+        published_lengths: bool = False,
+    ):
+        super().__init__()
+        if hidden_size % (2 * num_attention_heads):
+            raise ValueError(
+                f"`hidden_size` is {hidden_size}, but must be a multiple of twice the {num_attention_heads} "
+                "`num_attention_heads`: rotary positions turn pairs of channels."
+            )
+        if num_register_tokens % 2:
+            raise ValueError(
+                f"`num_register_tokens` is {num_register_tokens}, but must be even: half of them belong to each group."
+            )
+        if query_mode not in QUERY_MODES:
+            raise ValueError(f"`query_mode` is {query_mode!r}, but must be one of {', '.join(QUERY_MODES)}.")
+        if query_processor not in ("linear", "mlp4"):
+            raise ValueError(f"`query_processor` is {query_processor!r}, but must be 'linear' or 'mlp4'.")
+        own = set(self_attention_layers or ())
+        if not own <= set(range(num_decoder_layers)):
+            raise ValueError(
+                f"`self_attention_layers` is {self_attention_layers}, but the decoder has blocks 0 to {num_decoder_layers - 1}."
+            )
+        head_dim = hidden_size // num_attention_heads
+        if rotary_frequencies is not None and len(rotary_frequencies) != head_dim // 2:
+            raise ValueError(
+                f"`rotary_frequencies` has {len(rotary_frequencies)} numbers, but a head has {head_dim // 2} pairs of channels."
+            )
+        if intermediate_size is None:
+            intermediate_size = 4 * hidden_size
+
+        self.token_embed = nn.Embedding(codebook_size, hidden_size)
+        # Registers of group 1, registers of group 0, and BOS, which is in group 0.
+        self.prefix_embed = nn.Embedding(num_register_tokens + 1, hidden_size)
+        self.class_embed = nn.Embedding(num_classes + int(has_null_class), hidden_size)
+        block = (hidden_size, num_attention_heads, intermediate_size, dropout)
+        self.transformer_blocks = nn.ModuleList([PartitionBlock(*block, is_cross=False) for _ in range(num_layers)])
+        self.group_swap = PartitionGroupSwap(hidden_size, num_attention_heads, query_processor)
+        self.decoder_blocks = nn.ModuleList(
+            [PartitionBlock(*block, is_cross=i not in own) for i in range(num_decoder_layers)]
+        )
+        self.norm_out = nn.LayerNorm(hidden_size, eps=1e-5, bias=False)
+        self.adaln_out = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj_out = nn.Linear(hidden_size, codebook_size + 1)  # the codes, and BOS
+        self.gradient_checkpointing = False
+        self._set_positions()
+        self._initialize_weights()
+
+    def _initialize_weights(self):
+        nn.init.kaiming_uniform_(self.token_embed.weight, a=math.sqrt(5))
+        nn.init.normal_(self.prefix_embed.weight, std=0.02)
+        nn.init.kaiming_uniform_(self.prefix_embed.weight[-1:], a=math.sqrt(5))
+        nn.init.normal_(self.class_embed.weight)
+        # Every block starts as the identity, and all codes as equally likely.
+        zeros = [block.adaln for block in (*self.transformer_blocks, *self.decoder_blocks)]
+        for layer in (*zeros, self.adaln_out, self.proj_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def _set_positions(self):
+        """Tables of what tells the places in the sequence apart: registers, BOS, then image tokens in row-major order."""
+        config = self.config
+        height, width, trained_height, trained_width = (
+            side
+            for size in (config.sample_size, config.trained_sample_size or config.sample_size)
+            for side in ((size, size) if isinstance(size, int) else size)
+        )
+        rows = torch.linspace(0, trained_height - 1, height)
+        columns = torch.linspace(0, trained_width - 1, width)
+        num_prefix = config.num_register_tokens + 1
+        image = num_prefix + (rows[:, None] * trained_width + columns).flatten()
+        places = torch.cat([torch.arange(num_prefix, dtype=image.dtype), image])
+
+        head_dim = config.hidden_size // config.num_attention_heads
+        if config.rotary_frequencies is None:
+            frequencies = 1.0 / 10000 ** (torch.arange(0, head_dim, 2).float() / head_dim)
+        else:
+            frequencies = torch.tensor(config.rotary_frequencies)
+        angles = places[:, None] * frequencies
+        # Not in the state dict, since they follow from the config. In float32 until the model is cast as a whole.
+        self.register_buffer("rotary", torch.cat([angles.cos(), angles.sin()], dim=-1), persistent=False)
+        sinusoids = get_timestep_embedding(places, config.hidden_size, flip_sin_to_cos=True, downscale_freq_shift=0)
+        if config.query_mode == "learn":
+            sinusoids = torch.zeros_like(sinusoids)
+        self.register_buffer("query_sinusoids", sinusoids, persistent=False)
+
+    def _pool(self, context: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+        """Mean or logsumexp of the `visible` (B, S) ones of `context` (B, S, C), (B, 1, C); 0 where none is."""
+        if visible is None:
+            visible = context.new_ones(context.shape[:2], dtype=torch.bool)
+        visible = visible[..., None]
+        if self.config.query_mode.endswith("mean"):
+            return (context * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True).clamp(min=1)
+        pooled = context.masked_fill(~visible, -torch.inf).logsumexp(1, keepdim=True)
+        return torch.where(visible.any(1, keepdim=True), pooled, 0.0)
+
+    def _known_positions(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Positions of the known tokens of `input_ids` (B, N), ascending, as many for each image as the one with most has: (B, L);
+        and their numbers (B,), None when these are all L.
+        """
+        known = input_ids != self.config.codebook_size
+        lengths = known.sum(-1)
+        shortest, longest = 0, input_ids.shape[1]
+        if not torch.compiler.is_compiling():  # a graph's sizes cannot depend on values: it has room for all tokens
+            shortest, longest = torch.stack(lengths.aminmax()).tolist()
+        positions = known.int().argsort(dim=-1, descending=True, stable=True)[:, :longest]
+        return positions, None if shortest == longest else lengths
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        class_labels: torch.LongTensor | None,
+        positions: torch.LongTensor | None = None,
+        group_ids: torch.Tensor | None = None,
+        known_positions: torch.LongTensor | None = None,
+        full_vocabulary: bool = False,
+        return_dict: bool = True,
+    ) -> MaskGitTransformerOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, N)` or `(batch_size, height, width)`):
+                Tokens in `[0, codebook_size]`, row-major; `codebook_size` marks a masked one, of which `group_ids` allows
+                none.
+            class_labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Classes in `[0, num_classes)`, or `num_classes` for no class; None for no class at all.
+            positions (`torch.LongTensor` of shape `(batch_size, M)`, *optional*):
+                Flat positions whose logits are wanted: the decoder runs for them only. Known ones may be among them.
+            group_ids (`torch.Tensor` of shape `(batch_size, N)` or `(batch_size, height, width)`, *optional*):
+                Bool or 0 and 1: the group of each token. Given in training: the logits of all positions follow, each from the
+                tokens of the other group.
+            known_positions (`torch.LongTensor` of shape `(batch_size, L)`, *optional*):
+                Flat positions of the known tokens, where all images have L of them. They need not be looked for then, which
+                makes the shapes independent of the values: `torch.compile` can take in all of the forward pass, without
+                encoding masked positions.
+            full_vocabulary (`bool`, defaults to `False`):
+                Whether to append BOS's logit, over which the published training loss normalises too.
+            return_dict (`bool`, defaults to `True`): Whether to return a `MaskGitTransformerOutput`, else a tuple.
+
+        Returns:
+            `MaskGitTransformerOutput` with `logits` of shape `(batch_size, M or N, codebook_size)`, one more column with
+            `full_vocabulary`.
+        """
+        config = self.config
+        input_ids = input_ids.flatten(1)
+        num_prefix = config.num_register_tokens + 1
+        num_tokens = len(self.rotary) - num_prefix
+        if input_ids.shape[1] != num_tokens:
+            raise ValueError(
+                f"`input_ids` has {input_ids.shape[1]} tokens an image, but this transformer has positions for {num_tokens} "
+                f"(sample_size {config.sample_size}). Call `resize_position_embeddings` for another grid."
+            )
+        if group_ids is not None and (positions is not None or known_positions is not None):
+            raise ValueError("With `group_ids` all tokens are known and predicted: leave out `positions`.")
+        if class_labels is None:
+            if not config.has_null_class:
+                raise ValueError("This transformer was trained without a 'no class' label: give `class_labels`.")
+            class_labels = input_ids.new_full((len(input_ids),), config.num_classes)
+
+        conditioning = self.class_embed(class_labels)  # (B, C)
+        prefix = self.prefix_embed.weight.expand(len(input_ids), -1, -1)
+        if group_ids is not None:
+            groups = group_ids.flatten(1).bool()
+            prefix_groups = torch.arange(num_prefix, device=groups.device) < num_prefix // 2
+            groups = torch.cat([prefix_groups.expand(len(groups), -1), groups], dim=1)  # (B, S)
+            same_group = groups[:, None, :, None] == groups[:, None, None, :]  # (B, 1, S, S)
+            # What registers and BOS would predict is not wanted, so only blocks that other queries attend to need it.
+            first = 0 if config.self_attention_layers else num_prefix
+            hidden_states = torch.cat([prefix, self.token_embed(input_ids)], dim=1)  # (B, S, C)
+            rotary, query_rotary = self.rotary[None], self.rotary[None, first:]
+            query_offsets = self.query_sinusoids[None, first:]
+            encoder_mask, decoder_mask, cross_mask = same_group, same_group, ~same_group[:, :, first:]
+        else:
+            lengths = None
+            if known_positions is None:
+                known_positions, lengths = self._known_positions(input_ids)
+            # Of the registers, only those of the known tokens' group, 0.
+            num_before = num_prefix - num_prefix // 2
+            tokens = input_ids.gather(1, known_positions)
+            visible = None  # (B, S)
+            if lengths is not None or config.published_lengths:
+                lengths = tokens.new_full((len(tokens),), tokens.shape[1]) if lengths is None else lengths
+                lengths = lengths + (1 if config.published_lengths else num_before)
+                visible = torch.arange(num_before + tokens.shape[1], device=tokens.device) < lengths[:, None]
+                tokens = tokens.clamp(max=config.codebook_size - 1)  # any token may stand where none is seen
+            hidden_states = torch.cat([prefix[:, -num_before:], self.token_embed(tokens)], dim=1)  # (B, S, C)
+            rotary_before, rotary_image = self.rotary[num_prefix - num_before : num_prefix], self.rotary[num_prefix:]
+            rotary = torch.cat(
+                [rotary_before.expand(len(tokens), -1, -1), F.embedding(known_positions, rotary_image)], dim=1
+            )
+            query_rotary, query_offsets = rotary_image[None], self.query_sinusoids[None, num_prefix:]
+            decoder_mask = None
+            if positions is not None:
+                query_rotary = F.embedding(positions, query_rotary[0])
+                query_offsets = F.embedding(positions, query_offsets[0])
+            if config.self_attention_layers:
+                asked = input_ids if positions is None else input_ids.gather(1, positions)
+                decoder_mask = (asked == config.codebook_size)[:, None, None]
+            encoder_mask = cross_mask = None if visible is None else visible[:, None, None]
+
+        for block in self.transformer_blocks:
+            hidden_states = self._run(block, hidden_states, conditioning, rotary, encoder_mask)
+        context = hidden_states
+        if config.query_mode.endswith(("mean", "logsumexp")):
+            if group_ids is None:
+                pooled = self._pool(context, visible)
+            else:
+                pooled = torch.where(
+                    groups[:, first:, None], self._pool(context, ~groups), self._pool(context, groups)
+                )
+            query_offsets = query_offsets + pooled
+        hidden_states = self._run(self.group_swap, query_offsets, context, query_rotary, rotary, cross_mask)
+        for block in self.decoder_blocks:
+            arguments = (decoder_mask,) if block.norm_context is None else (cross_mask, context, rotary)
+            hidden_states = self._run(block, hidden_states, conditioning, query_rotary, *arguments)
+        if group_ids is not None:
+            hidden_states = hidden_states[:, -num_tokens:]
+
+        shift, scale = self.adaln_out(conditioning)[:, None].chunk(2, dim=-1)
+        hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
+        num_logits = config.codebook_size + int(full_vocabulary)
+        logits = F.linear(hidden_states, self.proj_out.weight[:num_logits], self.proj_out.bias[:num_logits])
+
+        if not return_dict:
+            return (logits,)
+        return MaskGitTransformerOutput(logits=logits)
+
+    def _run(self, block: nn.Module, *arguments) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *arguments)
+        return block(*arguments)
+
+    def resize_class_embeddings(self, num_classes: int) -> None:
+        """
+        Replace the class embeddings by random ones for another set of classes, in place; that of "no class" stays.
+
+        Args:
+            num_classes (`int`): The new number of classes.
+        """
+        old = self.class_embed.weight
+        self.class_embed = nn.Embedding(num_classes + int(self.config.has_null_class), old.shape[1]).to(old)
+        nn.init.normal_(self.class_embed.weight)
+        if self.config.has_null_class:
+            self.class_embed.weight.data[-1] = old.data[-1]
+        self.register_to_config(num_classes=num_classes)
+
+    def resize_position_embeddings(self, sample_size: int | tuple[int, int]) -> None:
+        """
+        Interpolate the positions to another token grid, in place: its corners get the places of the trained grid's corners.
+        Images of another size need some fine-tuning afterwards.
+
+        Args:
+            sample_size (`int` or `tuple[int, int]`): Tokens a side, or (height, width) of the new token grid.
+        """
+        old = self.rotary
+        trained = self.config.trained_sample_size or self.config.sample_size
+        self.register_to_config(sample_size=sample_size, trained_sample_size=trained)
+        self._set_positions()
+        self.rotary, self.query_sinusoids = self.rotary.to(old), self.query_sinusoids.to(old)
