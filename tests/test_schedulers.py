@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import json
 import logging
 from contextlib import contextmanager
@@ -21,15 +22,21 @@ from safetensors.torch import load_file
 from scipy.stats import chisquare
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from maskgit import ConfidenceScheduler, HaltonScheduler, MaskGitDiTTransformer2DModel, MaskGitPipeline
+from maskgit import (
+    ConfidenceScheduler,
+    HaltonScheduler,
+    MaskGitDiTTransformer2DModel,
+    MaskGitPipeline,
+    SelfGuidedScheduler,
+)
 from maskgit.conversion.halton import convert_halton_transformer
 from maskgit.schedulers.scheduling_halton import halton_order
-from maskgit.schedulers.scheduling_maskgit_utils import MASKING_SCHEDULES, masking_ratio
+from maskgit.schedulers.scheduling_maskgit_utils import MASKING_SCHEDULES, masking_ratio, most_confident
 
 
 GOLDEN = Path(__file__).parent / "golden" / "halton"
 K = MASK = 32  # codes 0..31
-SCHEDULERS = (HaltonScheduler, ConfidenceScheduler)
+SCHEDULERS = (HaltonScheduler, ConfidenceScheduler, SelfGuidedScheduler)
 VARIANTS = [
     (HaltonScheduler, {}),
     (HaltonScheduler, {"randomize": True}),
@@ -37,6 +44,12 @@ VARIANTS = [
     (ConfidenceScheduler, {"progress": "elapsed", "choice_temperature_annealing": "compound"}),
     (ConfidenceScheduler, {"selection": "random", "choice_temperature_annealing": "none"}),
     (ConfidenceScheduler, {"selection": "warm_up", "top_k": 1}),
+    (ConfidenceScheduler, {"progress": "elapsed_plus_one"}),
+    (ConfidenceScheduler, {"progress": "elapsed_increments"}),
+    (ConfidenceScheduler, {"progress": "elapsed_increments", "schedule_all_tokens": True}),
+    (ConfidenceScheduler, {"schedule_all_tokens": True}),
+    (SelfGuidedScheduler, {}),
+    (SelfGuidedScheduler, {"choice_temperature": 300.0}),  # many tokens are masked again
 ]
 
 
@@ -151,17 +164,35 @@ def test_confidence_leaves_the_masks_of_maskgit():
     assert left == [int(256 * np.cos(np.pi / 2 * np.float32(i / 8))) for i in range(1, 8)] + [0]
 
 
-@pytest.mark.parametrize("name", MASKING_SCHEDULES)
+@pytest.mark.parametrize("name", [*MASKING_SCHEDULES, "pow2.5", "pow.3", "pow7"])
 def test_masking_schedules_fall_from_one_to_zero(name):
     ratio = masking_ratio(torch.linspace(0, 1, 101), name, 256)
     assert ratio[0] == pytest.approx(1.0, abs=1 / 256) and ratio[-1] == pytest.approx(0.0, abs=1e-6)
     assert (ratio.diff() <= 0).all() and (ratio >= 0).all() and (ratio <= 1).all()
 
 
+def test_powers_have_two_names():
+    progress = torch.linspace(0, 1, 11)
+    for name, power in (("root", "pow0.5"), ("linear", "pow1"), ("square", "pow2"), ("cubic", "pow3.0")):
+        assert torch.equal(masking_ratio(progress, name, 9), masking_ratio(progress, power, 9))
+    assert masking_ratio(torch.tensor(0.25), "pow2.5", 9) == 1 - 0.25**2.5
+
+
+def test_equal_confidences_are_kept_together():
+    confidence = torch.tensor([[0.0, -1.0, -1.0, -2.0], [-torch.inf, -torch.inf, 3.0, -torch.inf]])
+    for num_kept, expected in (
+        (0, [[0, 0, 0, 0], [0, 0, 0, 0]]),
+        (1, [[1, 0, 0, 0], [0, 0, 1, 0]]),
+        (2, [[1, 1, 1, 0], [1, 1, 1, 1]]),
+        (4, [[1, 1, 1, 1], [1, 1, 1, 1]]),
+    ):
+        assert most_confident(confidence, torch.full((2, 1), num_kept)).int().tolist() == expected
+
+
 # What always holds
 
 
-@pytest.mark.parametrize("masking_schedule", MASKING_SCHEDULES)
+@pytest.mark.parametrize("masking_schedule", [*MASKING_SCHEDULES, "pow2.5"])
 @pytest.mark.parametrize("cls, config", VARIANTS)
 def test_any_number_of_steps_decides_every_token_once(cls, config, masking_schedule):
     scheduler = cls(mask_token_id=MASK, masking_schedule=masking_schedule, **config)
@@ -170,6 +201,9 @@ def test_any_number_of_steps_decides_every_token_once(cls, config, masking_sched
 
     def check(before, after):
         known = before != MASK
+        if cls is SelfGuidedScheduler:  # masks again what it drew, but not what was given
+            assert torch.equal(after[start != MASK], start[start != MASK])
+            known &= after != MASK
         assert torch.equal(after[known], before[known])
 
     for steps, with_positions in ((1, False), (2, True), (7, False), (7, True), (36, True), (50, False)):
@@ -234,7 +268,7 @@ def test_logits_may_come_in_any_layout():
     start = ragged_start()
     logits = network(start)
     for cls in SCHEDULERS:
-        scheduler = cls(mask_token_id=MASK)
+        scheduler = cls(mask_token_id=MASK, masking_schedule="root")
         scheduler.set_timesteps(3)
 
         def step(logits, sample):
@@ -265,6 +299,7 @@ def test_predicted_image(cls):
     start = ragged_start()
     output = scheduler.step(network(start), 3, start)
     decided = output.prev_sample != MASK
+    assert decided.sum() > (start != MASK).sum()
     assert torch.equal(output.pred_original_sample[decided], output.prev_sample[decided])
     likely = network(start)[..., :K].argmax(-1).view_as(start)
     assert torch.equal(output.pred_original_sample, torch.where(start == MASK, likely, start))
@@ -390,7 +425,13 @@ def test_temperatures_of_the_steps():
     assert choices(choice_temperature_annealing="none") == pytest.approx([4.5] * 4)
     compound = choices(choice_temperature_annealing="compound", choice_temperature=1.0)
     assert compound == pytest.approx([3 / 4, 3 / 8, 3 / 32, 0.0])
-    assert choices(progress="elapsed", choice_temperature=3.0) == pytest.approx([3.0, 2.0, 1.0, 0.0])
+    for progress in ("elapsed", "elapsed_plus_one", "elapsed_increments"):
+        assert choices(progress=progress, choice_temperature=3.0) == pytest.approx([3.0, 2.0, 1.0, 0.0])
+
+    scheduler = SelfGuidedScheduler(MASK)
+    for temperature, expected in ((None, [18.75, 9.375, 2.34375, 0.0]), ((2, 0.5), [2.0, 1.5, 1.0, 0.5])):
+        scheduler.set_timesteps(4, temperature)
+        assert scheduler.choice_temperatures == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("cls", SCHEDULERS)
@@ -411,6 +452,8 @@ def test_timesteps(cls):
     "cls, config, named",
     [
         *((cls, {"masking_schedule": "sine"}, "masking_schedule") for cls in SCHEDULERS),
+        *((cls, {"masking_schedule": "pow-2"}, "masking_schedule") for cls in SCHEDULERS),
+        *((cls, {"masking_schedule": "pow0"}, "masking_schedule") for cls in SCHEDULERS),
         *((cls, {"softmax_temperature": (0.0, 1.0)}, "softmax_temperature") for cls in SCHEDULERS),
         *((cls, {"top_k": 0}, "top_k") for cls in SCHEDULERS),
         *((cls, {"top_p": 0.0}, "top_p") for cls in SCHEDULERS),
@@ -419,6 +462,7 @@ def test_timesteps(cls):
         (ConfidenceScheduler, {"choice_temperature_annealing": "cosine"}, "choice_temperature_annealing"),
         (ConfidenceScheduler, {"progress": "half"}, "progress"),
         (ConfidenceScheduler, {"choice_temperature": -1.0}, "choice_temperature"),
+        (SelfGuidedScheduler, {"choice_temperature": -1.0}, "choice_temperature"),
     ],
 )
 def test_impossible_settings_are_refused(cls, config, named):
@@ -435,9 +479,13 @@ def test_generators_must_be_one_an_image(cls):
         scheduler.step(torch.zeros(3, 4, K), 1, sample, generator=[torch.Generator(), torch.Generator()])
 
 
-@pytest.mark.parametrize("first, second", [SCHEDULERS, SCHEDULERS[::-1]])
+@pytest.mark.parametrize("first, second", itertools.permutations(SCHEDULERS, 2))
 def test_switching_schedulers_keeps_settings(first, second, tmp_path):
-    own = {"randomize": True} if first is HaltonScheduler else {"choice_temperature": 7.0, "selection": "warm_up"}
+    own = {
+        HaltonScheduler: {"randomize": True},
+        ConfidenceScheduler: {"choice_temperature": 7.0, "selection": "warm_up"},
+        SelfGuidedScheduler: {"choice_temperature": 45.0},
+    }[first]
     scheduler = first(mask_token_id=MASK, top_k=7, softmax_temperature=(1.0, 0.8), **own)
     scheduler.save_pretrained(tmp_path)
     with diffusers_warnings() as warnings:
@@ -451,9 +499,9 @@ def test_switching_schedulers_keeps_settings(first, second, tmp_path):
     for name, value in scheduler.config.items():
         assert name.startswith("_") or back.config[name] == value
     # What nobody chose is the other class's own default.
-    assert second.from_config(first(mask_token_id=MASK).config).config.masking_schedule == (
-        second(mask_token_id=MASK).config.masking_schedule
-    )
+    switched, fresh = second.from_config(first(mask_token_id=MASK).config), second(mask_token_id=MASK)
+    for name in ("masking_schedule", "choice_temperature"):
+        assert switched.config.get(name) == fresh.config.get(name) or second is HaltonScheduler
     assert first in other.compatibles and second in scheduler.compatibles
 
 
@@ -489,9 +537,27 @@ def test_image_to_image_goes_on_where_the_noise_left_off(cls, config):
     for timestep in scheduler.timesteps[5:]:
         sample = scheduler.step(torch.zeros(1, 1600, K), timestep, sample).prev_sample
         left.append(int((sample == MASK).sum()))
-    progress = [scheduler._progress(step) for step in range(4, 10)]
-    assert left == pytest.approx([1600 * (1 - share) for share in progress], abs=40)
-    assert left[-1] == 0
+    expected = [1600 * float(scheduler._masking_ratio(step, 1600)) for step in range(4, 9)] + [0]
+    assert left == pytest.approx(expected, abs=60) and left[-1] == 0
+
+
+@pytest.mark.parametrize("cls", SCHEDULERS)
+def test_sampling_may_start_in_the_middle(cls):
+    """Without noise that the scheduler added, the masked tokens are the whole, and the first step catches up."""
+    scheduler = cls(mask_token_id=MASK, masking_schedule="linear")
+    start = torch.zeros(1, 1024, dtype=torch.long)
+    start[0, :512] = MASK
+    left = []
+    scheduler.set_timesteps(8)
+    sample = start.unflatten(1, (32, 32))
+    for timestep in scheduler.timesteps[3:]:
+        sample = scheduler.step(torch.zeros(1, 1024, K), timestep, sample).prev_sample
+        left.append(int((sample == MASK).sum()))
+    assert left == [256, 192, 128, 64, 0]
+    # Noise for another step is no reason to take it otherwise.
+    scheduler.add_noise(start, 7)
+    sample = scheduler.step(torch.zeros(1, 1024, K), 4, start.unflatten(1, (32, 32))).prev_sample
+    assert (sample == MASK).sum() == 256
 
 
 # Parity with the published sampler

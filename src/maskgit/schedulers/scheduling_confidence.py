@@ -4,17 +4,18 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .scheduling_maskgit_utils import (
+    ANNEALINGS,
     MaskGitSchedulerMixin,
     MaskGitSchedulerOutput,
-    draw_tokens,
-    shape_logits,
+    gumbel_noise,
+    masking_ratio,
+    most_confident,
     uniform_noise,
 )
 
 
-ANNEALINGS = ("linear", "compound", "none")
 SELECTIONS = ("confidence", "random", "warm_up")
-PROGRESSES = ("completed", "elapsed")
+PROGRESSES = ("completed", "elapsed", "elapsed_plus_one", "elapsed_increments")
 
 
 class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
@@ -26,7 +27,7 @@ class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
     Args:
         mask_token_id (`int`): Id of a masked token.
         masking_schedule (`str`, defaults to `"cosine"`): Share of the tokens that is left masked after each step: arccos,
-            cosine, linear, square, cubic, root, log or exp.
+            cosine, linear, square, cubic, root, log, exp, or powX with a positive number X.
         softmax_temperature (`tuple[float, float]`, defaults to `(1.0, 1.0)`): What the logits are divided by in the first
             and the last step, evenly in its inverse between.
         top_k (`int`, *optional*): Draw from the `top_k` most likely tokens only; 1 is greedy.
@@ -37,8 +38,14 @@ class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
             times 1 - r, "compound" is times the product of 1 - r over all steps so far, "none" is constant.
         selection (`str`, defaults to `"confidence"`): Which drawn tokens are kept: the most confident ones, "random" ones,
             or, with "warm_up", random ones in the first two steps.
-        progress (`str`, defaults to `"completed"`): What r is at step i of T. "completed" is (i + 1) / T, as in MaskGIT;
-            "elapsed" is i / (T - 1), as in Halton-MaskGIT's confidence sampler, which keeps very few tokens at first.
+        progress (`str`, defaults to `"completed"`): What r is at step i of T, and how many tokens the schedule decides there.
+            "completed": r is (i + 1) / T, as in MaskGIT. The others, with r = i / (T - 1), decide a single token first:
+            "elapsed" as Halton-MaskGIT's confidence sampler; "elapsed_plus_one", where this token comes on top of the
+            schedule's, as Partition Generative Modeling; "elapsed_increments", where the schedule, read from its end, is not
+            what is left but what each step decides in proportion to the others, as MaskGIT-pytorch v1.
+        schedule_all_tokens (`bool`, defaults to `False`): Whether each step decides as many tokens as it would if all were
+            masked at the start, as in MaskGIT-pytorch v1. Partly known images are then complete before the last step. By
+            default, all the steps share the masked tokens.
     """
 
     @register_to_config
@@ -53,6 +60,7 @@ class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
         choice_temperature_annealing: str = "linear",
         selection: str = "confidence",
         progress: str = "completed",
+        schedule_all_tokens: bool = False,
     ):
         self._check_config()
         for name, value, allowed in (
@@ -62,8 +70,6 @@ class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
         ):
             if value not in allowed:
                 raise ValueError(f"`{name}` is {value!r}, but must be one of {', '.join(allowed)}.")
-        if choice_temperature < 0:
-            raise ValueError(f"`choice_temperature` is {choice_temperature}, but must not be negative.")
         self.timesteps = None
 
     def set_timesteps(
@@ -82,21 +88,25 @@ class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
             device (`str` or `torch.device`, *optional*): Device of `timesteps`.
         """
         self._set_timesteps(num_inference_steps, device)
-        if isinstance(temperature, (tuple, list)):
-            self.choice_temperatures = torch.linspace(*temperature, num_inference_steps).tolist()
-            return
-        start = self.config.choice_temperature if temperature is None else temperature
-        left = 1 - torch.tensor([self._progress(step) for step in range(num_inference_steps)], dtype=torch.float64)
-        if self.config.choice_temperature_annealing == "compound":
-            left = left.cumprod(0)
-        elif self.config.choice_temperature_annealing == "none":
-            left = torch.ones_like(left)
-        self.choice_temperatures = (start * left).tolist()
+        self._set_choice_temperatures(temperature, self.config.choice_temperature_annealing)
 
     def _progress(self, step_index: int) -> float:
         if self.config.progress == "completed":
             return super()._progress(step_index)
         return step_index / max(self.num_inference_steps - 1, 1)
+
+    def _increments(self, num_tokens: int | torch.LongTensor) -> torch.Tensor:
+        """Share of the tokens that each step decides, float32 (T,) or (B, T), by "elapsed_increments"."""
+        if self.num_inference_steps == 1:
+            return torch.ones(1)
+        progress = torch.linspace(1, 0, self.num_inference_steps)
+        shares = masking_ratio(progress, self.config.masking_schedule, torch.as_tensor(num_tokens)[..., None])
+        return shares / shares.sum(-1, keepdim=True)
+
+    def _masking_ratio(self, step_index: int, num_tokens: int | torch.LongTensor) -> torch.Tensor:
+        if self.config.progress == "elapsed_increments":
+            return (1 - self._increments(num_tokens).cumsum(-1)[..., step_index]).clamp(0.0, 1.0)
+        return super()._masking_ratio(step_index, num_tokens)
 
     def positions_to_predict(
         self,
@@ -109,15 +119,23 @@ class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
 
     def _num_kept(self, step_index: int, masked: torch.Tensor) -> torch.Tensor:
         """Number of drawn tokens that each image keeps in this step, long (B, 1)."""
-        at_start, num_masked, ratio, num_steps = self._schedule(step_index, masked)
+        total, num_decided, num_masked, num_steps = self._schedule(
+            step_index, masked, all_tokens=self.config.schedule_all_tokens
+        )
         if step_index == self.num_inference_steps - 1:
-            left = torch.zeros_like(num_masked)
+            counts = num_masked
+        elif self.config.progress == "elapsed_increments":
+            # Rounded step by step, and at least one token each; the last step takes what that leaves.
+            counts = (total[:, None] * self._increments(total)).round().long().clamp(min=1)
+            counts = counts[:, : step_index + 1].sum(-1) - num_decided
         elif self.config.progress == "completed":
-            left = (at_start * ratio).floor().long()
-            left = torch.minimum(left, num_masked - 1).clamp(min=1)  # some stay masked, and some are kept
+            counts = total - (total * self._masking_ratio(step_index, total)).floor().long() - num_decided
+            counts = torch.minimum(counts.clamp(min=1), num_masked - 1)  # some are kept, and some stay masked
         else:
-            left = at_start - (at_start * (1 - ratio)).floor().long().clamp(min=num_steps)
-        return (num_masked - left).clamp(min=0)[:, None].to(masked.device)
+            counts = (total * (1 - self._masking_ratio(step_index, total))).floor().long()
+            counts = counts + 1 if self.config.progress == "elapsed_plus_one" else counts.clamp(min=num_steps)
+            counts = counts - num_decided
+        return torch.minimum(counts, num_masked).clamp(min=0)[:, None].to(masked.device)
 
     def step(
         self,
@@ -145,36 +163,18 @@ class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
             starting_mask_ratio (`float` or `torch.Tensor`): Passed by diffusers' inpainting pipelines. The masked tokens
                 are counted instead.
         """
-        logits, tokens = self._flatten(model_output, sample, positions)
         step_index = self._step_index(timestep)
-        masked = tokens == self.config.mask_token_id
-        uniform = uniform_noise(*tokens.shape, generator, tokens.device)
-        if positions is None:
-            # Masked positions first; only as many as some image needs are drawn.
-            positions = masked.int().argsort(dim=-1, descending=True, stable=True)[:, : int(masked.sum(-1).max())]
-            logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
-
-        logits = shape_logits(logits, self.softmax_temperatures[step_index], self.config.mask_token_id)
-        drawn = draw_tokens(logits, uniform.gather(1, positions), self.config.top_k, self.config.top_p)
-        drawn = torch.where(masked.gather(1, positions), drawn, tokens.gather(1, positions))
-        pred_original_sample = tokens.scatter(1, positions, drawn)
-
+        masked, pred_original_sample, confidence = self._draw(model_output, step_index, sample, positions, generator)
         if self.config.selection == "random" or (self.config.selection == "warm_up" and step_index < 2):
-            confidence = uniform_noise(*tokens.shape, generator, tokens.device)
-        else:
-            # Probabilities before top_k and top_p: after them, greedy choices would all have probability 1.
-            log_probability = logits.gather(-1, drawn[..., None])[..., 0] - logits.logsumexp(-1)
-            confidence = torch.zeros(tokens.shape, device=tokens.device).scatter(1, positions, log_probability)
-            if self.choice_temperatures[step_index] > 0:
-                noise = uniform_noise(*tokens.shape, generator, tokens.device).clamp(min=1e-20)
-                gumbel = -torch.log((-torch.log(noise)).clamp(min=1e-20))
-                confidence = confidence + self.choice_temperatures[step_index] * gumbel
+            confidence = uniform_noise(*masked.shape, generator, masked.device)
+        elif self.choice_temperatures[step_index] > 0:
+            noise = gumbel_noise(*masked.shape, generator, masked.device)
+            confidence = confidence + self.choice_temperatures[step_index] * noise
         confidence = confidence.masked_fill(~masked, -torch.inf)
-        ranks = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        kept = (ranks < self._num_kept(step_index, masked)) & masked
+        kept = most_confident(confidence, self._num_kept(step_index, masked)) & masked
 
-        prev_sample = torch.where(kept, pred_original_sample, tokens).view_as(sample)
         pred_original_sample = pred_original_sample.view_as(sample)
+        prev_sample = torch.where(kept.view_as(sample), pred_original_sample, sample)
         if not return_dict:
             return (prev_sample, pred_original_sample)
         return MaskGitSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)

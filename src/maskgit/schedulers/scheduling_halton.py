@@ -51,7 +51,7 @@ class HaltonScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
     Args:
         mask_token_id (`int`): Id of a masked token.
         masking_schedule (`str`, defaults to `"arccos"`): Share of the tokens that is left masked after each step: arccos,
-            cosine, linear, square, cubic, root, log or exp.
+            cosine, linear, square, cubic, root, log, exp, or powX with a positive number X.
         softmax_temperature (`tuple[float, float]`, defaults to `(1.0, 1.0)`): What the logits are divided by in the first
             and the last step, evenly in its inverse between.
         temperature_warmup_steps (`int`, defaults to 0): Number of first steps that draw at twice the temperature.
@@ -144,11 +144,13 @@ class HaltonScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
         masked = sample.flatten(1) == self.config.mask_token_id
         num_tokens = masked.shape[1]
         ranks = self._ranks_of(sample, generator)
-        at_start, num_masked, ratio, num_steps = self._schedule(step_index, masked)
-        decided = (at_start * (1 - ratio)).floor().long().clamp(min=num_steps)
+        total, num_decided, num_masked, num_steps = self._schedule(step_index, masked)
+        counts = (total * (1 - self._masking_ratio(step_index, total))).floor().long().clamp(
+            min=num_steps
+        ) - num_decided
         if step_index == self.num_inference_steps - 1:
-            decided = at_start
-        counts = torch.minimum(decided - (at_start - num_masked), num_masked).clamp(min=0)
+            counts = num_masked
+        counts = torch.minimum(counts, num_masked).clamp(min=0)
 
         # Masked positions first, in the order of the sequence; behind them known ones, as padding.
         order = torch.where(masked, ranks, ranks + num_tokens).argsort(dim=-1)

@@ -3,6 +3,7 @@
 
 import inspect
 import math
+import re
 import sys
 from dataclasses import dataclass
 
@@ -12,9 +13,21 @@ from diffusers.utils import BaseOutput
 
 
 MASKING_SCHEDULES = ("arccos", "cosine", "linear", "square", "cubic", "root", "log", "exp")
+POWERS = {"root": 0.5, "linear": 1.0, "square": 2.0, "cubic": 3.0}
+ANNEALINGS = ("linear", "compound", "none")
 
 
-def masking_ratio(progress: torch.Tensor, masking_schedule: str, num_tokens: int) -> torch.Tensor:
+def check_masking_schedule(masking_schedule: str) -> None:
+    """Raise a ValueError for a name that `masking_ratio` does not know."""
+    power = re.fullmatch(r"pow(\d+\.?\d*|\.\d+)", masking_schedule)
+    if masking_schedule not in MASKING_SCHEDULES and not (power and float(power[1]) > 0):
+        raise ValueError(
+            f"`masking_schedule` is {masking_schedule!r}, but must be one of {', '.join(MASKING_SCHEDULES)}, or powX with a "
+            "positive number X."
+        )
+
+
+def masking_ratio(progress: torch.Tensor, masking_schedule: str, num_tokens: int | torch.LongTensor) -> torch.Tensor:
     """
     Share of the tokens that is masked after a share `progress` of the way from noise to image: 1 at 0, 0 at 1.
 
@@ -22,30 +35,26 @@ def masking_ratio(progress: torch.Tensor, masking_schedule: str, num_tokens: int
 
     Args:
         progress (`torch.Tensor`): Floats in [0, 1], of any shape.
-        masking_schedule (`str`): One of `MASKING_SCHEDULES`. Cosine to cubic, log and exp are those of MaskGIT (Chang et
-            al., CVPR 2022), arccos and root those of its PyTorch reproduction (Besnier and Chen, 2023).
-        num_tokens (`int`): Number of tokens to decide, which the steepness of "log" and "exp" depends on.
+        masking_schedule (`str`): One of `MASKING_SCHEDULES`, or "powX" for 1 - progress^X with any positive number X, such
+            as "pow2.5"; root, linear, square and cubic are those with 0.5, 1, 2 and 3. Cosine, log, exp and the powers are
+            those of MaskGIT (Chang et al., CVPR 2022), arccos that of its PyTorch reproduction (Besnier and Chen, 2023).
+        num_tokens (`int` or `torch.LongTensor`): Number of tokens to decide, which the steepness of "log" and "exp" depends
+            on; a tensor must broadcast with `progress`.
     """
     if masking_schedule == "arccos":
         ratio = torch.arccos(progress) / (math.pi / 2)
     elif masking_schedule == "cosine":
         ratio = torch.cos(progress * (math.pi / 2))
-    elif masking_schedule == "linear":
-        ratio = 1 - progress
-    elif masking_schedule == "square":
-        ratio = 1 - progress**2
-    elif masking_schedule == "cubic":
-        ratio = 1 - progress**3
-    elif masking_schedule == "root":
-        ratio = 1 - progress**0.5
-    elif masking_schedule == "log":
-        ratio = -torch.log2(progress) / max(math.log2(num_tokens), 1.0)
-    elif masking_schedule == "exp":
-        ratio = 1 - torch.exp2(-math.log2(num_tokens) * (1 - progress))
+    elif masking_schedule in ("log", "exp"):
+        bits = torch.as_tensor(num_tokens, device=progress.device).clamp(min=2).to(progress.dtype).log2()
+        if masking_schedule == "log":
+            ratio = -torch.log2(progress) / bits
+        else:
+            ratio = 1 - torch.exp2(-bits * (1 - progress))
     else:
-        raise ValueError(
-            f"`masking_schedule` is {masking_schedule!r}, but must be one of {', '.join(MASKING_SCHEDULES)}."
-        )
+        check_masking_schedule(masking_schedule)
+        power = POWERS.get(masking_schedule)
+        ratio = 1 - progress ** (float(masking_schedule.removeprefix("pow")) if power is None else power)
     return ratio.clamp(0.0, 1.0)
 
 
@@ -67,6 +76,28 @@ def uniform_noise(
         return torch.stack([torch.rand(num_tokens, generator=g, device=g.device) for g in generator]).to(device)
     noise_device = device if generator is None else generator.device
     return torch.rand(batch_size, num_tokens, generator=generator, device=noise_device).to(device)
+
+
+def gumbel_noise(
+    batch_size: int,
+    num_tokens: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Standard Gumbel random numbers, of as many uniform ones, float32 (batch_size, num_tokens) on `device`."""
+    uniform = uniform_noise(batch_size, num_tokens, generator, device)
+    return -torch.log((-torch.log(uniform.clamp(min=1e-20))).clamp(min=1e-20))
+
+
+def most_confident(confidence: torch.Tensor, num_kept: torch.LongTensor) -> torch.BoolTensor:
+    """
+    True at the `num_kept` (B, 1) highest of `confidence` (B, N) of each image.
+
+    As in the published samplers, those that are equal to the lowest of these are kept too: there is no reason to prefer one.
+    """
+    descending = confidence.sort(dim=-1, descending=True).values
+    lowest_kept = descending.gather(-1, (num_kept - 1).clamp(min=0))
+    return (confidence >= lowest_kept) & (num_kept > 0)
 
 
 def shape_logits(logits: torch.Tensor, softmax_temperature: float, mask_token_id: int) -> torch.Tensor:
@@ -145,26 +176,27 @@ class MaskGitSchedulerMixin:
     def _get_compatibles(cls):
         # diffusers looks names up on its own module only.
         package = sys.modules.get(cls.__module__.rpartition(".")[0])
-        ours = (getattr(package, name, None) for name in ("HaltonScheduler", "ConfidenceScheduler"))
+        ours = (
+            getattr(package, name, None) for name in ("HaltonScheduler", "ConfidenceScheduler", "SelfGuidedScheduler")
+        )
         return list({cls, AmusedScheduler, *(scheduler for scheduler in ours if scheduler is not None)})
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        # A saved config spells out every value. The masking schedule that another scheduler has by default is no choice of
-        # the user's: it gives way to this one's default, as it does in a config that was never saved.
+        # A saved config spells out every value. What another scheduler has by default is no choice of the user's: where this
+        # one's default differs, it takes its place, as it does in a config that was never saved.
+        own = inspect.signature(cls).parameters
         for other in cls._get_compatibles():
             if other is not cls and other.__name__ == config_dict.get("_class_name"):
-                default = inspect.signature(other).parameters["masking_schedule"].default
-                if config_dict.get("masking_schedule") == default:
-                    config_dict = {name: value for name, value in config_dict.items() if name != "masking_schedule"}
+                for name, parameter in inspect.signature(other).parameters.items():
+                    has_default = name in config_dict and config_dict[name] == parameter.default
+                    if has_default and name in own and own[name].default != parameter.default:
+                        config_dict = {key: value for key, value in config_dict.items() if key != name}
         return super().extract_init_dict(config_dict, **kwargs)
 
     def _check_config(self):
         config = self.config
-        if config.masking_schedule not in MASKING_SCHEDULES:
-            raise ValueError(
-                f"`masking_schedule` is {config.masking_schedule!r}, but must be one of {', '.join(MASKING_SCHEDULES)}."
-            )
+        check_masking_schedule(config.masking_schedule)
         if len(config.softmax_temperature) != 2 or min(config.softmax_temperature) <= 0:
             raise ValueError(
                 f"`softmax_temperature` is {config.softmax_temperature}, but must be two positive numbers, for the first "
@@ -174,6 +206,8 @@ class MaskGitSchedulerMixin:
             raise ValueError(f"`top_k` is {config.top_k}, but must be at least 1, or None for no limit.")
         if config.top_p is not None and not 0 < config.top_p <= 1:
             raise ValueError(f"`top_p` is {config.top_p}, but must be in (0, 1], or None for no limit.")
+        if config.get("choice_temperature", 0) < 0:
+            raise ValueError(f"`choice_temperature` is {config.choice_temperature}, but must not be negative.")
 
     def _set_timesteps(self, num_inference_steps: int, device: str | torch.device | None):
         if num_inference_steps < 1:
@@ -185,6 +219,22 @@ class MaskGitSchedulerMixin:
         factors = torch.linspace(start, end, num_inference_steps, dtype=torch.float64)
         self.softmax_temperatures = (1.0 / factors).tolist()
         self._start = None
+        self._noised_step = None
+
+    def _set_choice_temperatures(self, temperature: float | tuple[float, float] | None, annealing: str):
+        """Scale of the noise on confidences at each step: the config's, or `temperature`, annealed; or a pair's line."""
+        if isinstance(temperature, (tuple, list)):
+            self.choice_temperatures = torch.linspace(*temperature, self.num_inference_steps).tolist()
+            return
+        start = self.config.choice_temperature if temperature is None else temperature
+        left = 1 - torch.tensor(
+            [self._progress(step) for step in range(self.num_inference_steps)], dtype=torch.float64
+        )
+        if annealing == "compound":
+            left = left.cumprod(0)
+        elif annealing == "none":
+            left = torch.ones_like(left)
+        self.choice_temperatures = (start * left).tolist()
 
     def _step_index(self, timestep: int | torch.Tensor) -> int:
         if self.timesteps is None:
@@ -200,29 +250,67 @@ class MaskGitSchedulerMixin:
         """How far the image is after this step, 1 at the end."""
         return (step_index + 1) / self.num_inference_steps
 
-    def _masking_ratio(self, step_index: int, num_tokens: int) -> torch.Tensor:
+    def _masking_ratio(self, step_index: int, num_tokens: int | torch.LongTensor) -> torch.Tensor:
         # In float32 as the published samplers take it: rounding decides some floors, e.g. 576 / 3.
         return masking_ratio(torch.tensor(self._progress(step_index)), self.config.masking_schedule, num_tokens)
 
-    def _schedule(self, step_index: int, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    def _schedule(
+        self, step_index: int, masked: torch.BoolTensor, all_tokens: bool = False
+    ) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor, int]:
         """
-        What the masking schedule divides into steps, and how far this step gets.
+        What the masking schedule counts, and where it stands.
 
-        Sampling begins at the first time step, or where a first call after `set_timesteps` finds it: image-to-image masks
-        what the step before would have left masked, and goes on from there.
+        Sampling begins at the first time step, or where a first call after `set_timesteps` finds it: the steps before are
+        left out, and this one decides their tokens too. Only if `add_noise` masked what the step before would have left
+        masked (image-to-image), these were decided already.
+
+        Args:
+            step_index (`int`): Number of steps before this one in the whole schedule.
+            masked (`torch.BoolTensor` of shape `(B, N)`): What is masked now.
+            all_tokens (`bool`): Whether to count all tokens instead of those that are masked at the start.
 
         Returns:
-            Number of masked tokens of each image when its sampling began, and now, long (B,); the share of the former that is
-            left masked after this step; and the number of steps so far, this one included. All on the CPU.
+            Number of tokens of each image that the schedule is over, how many of them are decided, and how many are masked
+            now, long (B,) on the CPU; and the number of steps so far, this one included.
         """
         num_masked = masked.sum(-1).cpu()
-        if step_index == 0 or self._start is None or len(self._start[1]) != len(masked):
-            self._start = (step_index, num_masked)
-        first, at_start = self._start
-        ratio = self._masking_ratio(step_index, masked.shape[1])
-        if first > 0:
-            ratio = ratio / self._masking_ratio(first - 1, masked.shape[1]).clamp(min=1e-9)
-        return at_start, num_masked, ratio, step_index - first + 1
+        if step_index == 0 or self._start is None or self._start[1].shape != masked.shape:
+            self._start = (step_index, masked, num_masked)
+        first, _, at_start = self._start
+        num_tokens = torch.full_like(at_start, masked.shape[1])
+        if first > 0 and self._noised_step == first - 1:
+            return num_tokens, num_tokens - num_masked, num_masked, step_index - first + 1
+        return num_tokens if all_tokens else at_start, at_start - num_masked, num_masked, step_index - first + 1
+
+    def _draw(
+        self,
+        model_output: torch.Tensor,
+        step_index: int,
+        sample: torch.LongTensor,
+        positions: torch.LongTensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> tuple[torch.BoolTensor, torch.LongTensor, torch.Tensor]:
+        """
+        Draw a token at every masked position.
+
+        Returns:
+            Where tokens are masked, bool (B, N); the tokens, with those drawn in place of masked ones, long (B, N); and the
+            logarithms of their probabilities, 0 for known ones, float32 (B, N).
+        """
+        logits, tokens = self._flatten(model_output, sample, positions)
+        masked = tokens == self.config.mask_token_id
+        uniform = uniform_noise(*tokens.shape, generator, tokens.device)
+        if positions is None:
+            # Masked positions first; only as many as some image needs are drawn.
+            positions = masked.int().argsort(dim=-1, descending=True, stable=True)[:, : int(masked.sum(-1).max())]
+            logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
+        logits = shape_logits(logits, self.softmax_temperatures[step_index], self.config.mask_token_id)
+        drawn = draw_tokens(logits, uniform.gather(1, positions), self.config.top_k, self.config.top_p)
+        # Probabilities before top_k and top_p: after them, greedy choices would all have probability 1.
+        log_probability = logits.gather(-1, drawn[..., None])[..., 0] - logits.logsumexp(-1)
+        drawn = torch.where(masked.gather(1, positions), drawn, tokens.gather(1, positions))
+        log_probability = torch.zeros(tokens.shape, device=tokens.device).scatter(1, positions, log_probability)
+        return masked, tokens.scatter(1, positions, drawn), log_probability.masked_fill(~masked, 0.0)
 
     def _flatten(
         self, model_output: torch.Tensor, sample: torch.Tensor, positions: torch.Tensor | None
@@ -262,6 +350,7 @@ class MaskGitSchedulerMixin:
             generator (`torch.Generator` or a list of them, one an image, *optional*): Source of the random numbers.
         """
         num_tokens = sample[0].numel()
-        ratio = self._masking_ratio(self._step_index(timesteps), num_tokens).to(sample.device)
+        self._noised_step = self._step_index(timesteps)
+        ratio = self._masking_ratio(self._noised_step, num_tokens).to(sample.device)
         noise = uniform_noise(len(sample), num_tokens, generator, sample.device).view_as(sample)
         return sample.masked_fill(noise < ratio, self.config.mask_token_id)
