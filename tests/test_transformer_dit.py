@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
 from torch._dynamo.testing import CompileCounter
@@ -29,6 +30,11 @@ def make_inputs(num_tokens=36, batch_size=3):
         torch.randint(0, K + 1, (batch_size, num_tokens), generator=generator),
         torch.randint(0, CLASSES + 1, (batch_size,), generator=generator),
     )
+
+
+def make_features(sequence=37, batch_size=3, hidden_size=40):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(batch_size, sequence, hidden_size, generator=generator) for _ in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +139,50 @@ def test_images_of_a_batch_do_not_mix_and_labels_matter(model):
             torch.testing.assert_close(model(input_ids[[i]], labels[[i]]).logits[0], logits[i])
         assert not torch.allclose(model(input_ids, (labels + 1) % CLASSES).logits, logits)
         null = model(input_ids, torch.full((3,), CLASSES)).logits
+        assert torch.equal(model(input_ids, None).logits, null)
     assert not torch.allclose(null, logits)
+    with pytest.raises(ValueError, match="class_labels"):
+        make_model(has_null_class=False)(input_ids, None)
+
+
+def test_last_hidden_states(model):
+    """Of the whole sequence, registers included: what the output layer makes logits of, whatever positions are asked for."""
+    input_ids, labels = make_inputs()
+    positions = torch.tensor([[35, 0, 7], [1, 2, 3], [9, 8, 30]])
+    with torch.no_grad():
+        logits, hidden_states = model(input_ids, labels, output_hidden_states=True, return_dict=False)
+        assert model(input_ids, labels).last_hidden_state is None
+        assert len(model(input_ids, labels, return_dict=False)) == 1
+        some = model(input_ids, labels, positions, None, True)
+        assert hidden_states.shape == (3, 37, 40) and torch.equal(some.last_hidden_state, hidden_states)
+        assert torch.equal(some.logits, logits.gather(1, positions[..., None].expand(-1, -1, K)))
+        shift, scale = model.adaln_out(F.silu(model.class_embed(labels)))[:, None].chunk(2, dim=-1)
+        expected = F.linear(model.norm_out(hidden_states) * (1 + scale) + shift, model.token_embed.weight[:K])
+    torch.testing.assert_close(expected[:, :36] + model.output_bias[:K], logits)
+
+
+def test_top_down_features_pass_the_value_projections(model):
+    input_ids, labels = make_inputs()
+    features = make_features()
+    zero = [torch.zeros_like(tensor) for tensor in features]
+    context, values = torch.randn(2, 37, 40), torch.randn(2, 37, 40)
+    attn = model.transformer_blocks[0].attn
+    with torch.no_grad():
+        plain = model(input_ids, labels).logits
+        assert torch.equal(model(input_ids, labels, top_down_features=zero).logits, plain)
+        for i in range(3):
+            one = [tensor if j == i else zero[j] for j, tensor in enumerate(features)]
+            assert not torch.allclose(model(input_ids, labels, top_down_features=one).logits, plain)
+        # Of the same queries and keys, attention is linear in the values.
+        only = attn(context, context, values - context)
+        torch.testing.assert_close(attn(context, context) + only, attn(context, context, values), atol=1e-5, rtol=1e-4)
+        positions = torch.tensor([[35, 0], [1, 2], [9, 8]])
+        full = model(input_ids, None, None, features).logits
+        torch.testing.assert_close(
+            model(input_ids, None, positions, features).logits, full.gather(1, positions[..., None].expand(-1, -1, K))
+        )
+    with pytest.raises(ValueError, match="2 tensors.*3 blocks"):
+        model(input_ids, labels, top_down_features=features[:2])
 
 
 def test_wrong_tokens_and_classes_are_errors(model):
@@ -196,7 +245,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(dropout):
             model.enable_gradient_checkpointing()
         model.zero_grad()
         torch.manual_seed(1)
-        logits = model(input_ids, labels, positions=positions, full_vocabulary=True).logits
+        logits = model(input_ids, labels, positions, make_features(), full_vocabulary=True).logits
         (model(input_ids, labels).logits.square().mean() + logits.square().mean()).backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     assert model.is_gradient_checkpointing
@@ -305,7 +354,7 @@ def test_attention_processors_can_be_replaced():
     input_ids, labels = make_inputs()
 
     class NoAttention(MaskGitDiTAttnProcessor):
-        def __call__(self, attn, hidden_states, encoder_hidden_states):
+        def __call__(self, attn, hidden_states, encoder_hidden_states, top_down_features=None):
             return torch.zeros_like(hidden_states)
 
     with torch.no_grad():
@@ -360,6 +409,12 @@ def test_compiles_without_graph_breaks_or_a_recompilation_per_step():
             )
     # Without positions, with the first number of them, and with any number.
     assert counter.frame_count <= 3
+    features = make_features()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(input_ids, None, None, features, True).to_tuple(),
+            model(input_ids, None, None, features, True).to_tuple(),
+        )
 
 
 def test_compiles_for_training():

@@ -1,4 +1,5 @@
 # Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,23 +27,35 @@ class MaskGitTransformerOutput(BaseOutput):
         logits (`torch.Tensor` of shape `(batch_size, num_positions, codebook_size)`):
             Unnormalised log-probabilities of the codes, at all positions in row-major order or at the `positions` asked
             for.
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+            Output of the last block for the whole sequence, the registers at its end.
     """
 
     logits: torch.Tensor
+    last_hidden_state: torch.Tensor | None = None
 
 
 class MaskGitDiTAttnProcessor:
-    """Self-attention with queries and keys normalised over all heads together, through diffusers' attention backends."""
+    """
+    Self-attention with queries and keys normalised over all heads together, through diffusers' attention backends, and with
+    features added to the values where there are any.
+    """
 
     _attention_backend = None
     _parallel_config = None
 
     def __call__(
-        self, attn: "MaskGitDiTAttention", hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self,
+        attn: "MaskGitDiTAttention",
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        top_down_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         query = attn.norm_q(attn.to_q(hidden_states))  # (B, M or S, heads * head_dim)
         key = attn.norm_k(attn.to_k(encoder_hidden_states))  # (B, S, heads * head_dim)
         value = attn.to_v(encoder_hidden_states)
+        if top_down_features is not None:
+            value = value + attn.to_v(top_down_features)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
         hidden_states = dispatch_attention_fn(
             query,
@@ -76,8 +89,13 @@ class MaskGitDiTAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, hidden_size, bias=False), nn.Dropout(dropout)])
         self.set_processor(self._default_processor_cls())
 
-    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.processor(self, hidden_states, encoder_hidden_states)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        top_down_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.processor(self, hidden_states, encoder_hidden_states, top_down_features)
 
 
 def _select(hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -99,16 +117,23 @@ class MaskGitDiTBlock(nn.Module):
         )
 
     def forward(
-        self, hidden_states: torch.Tensor, conditioning: torch.Tensor, positions: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        top_down_features: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden_states (B, S, C), conditioning (B, C) -> (B, S, C), or (B, M, C) for `positions` (B, M) alone."""
+        """
+        hidden_states, top_down_features (B, S, C), conditioning (B, C) -> (B, S, C), or (B, M, C) for `positions` (B, M)
+        alone.
+        """
         modulation = self.adaln(conditioning)[:, None].chunk(6, dim=-1)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
         context = self.norm1(hidden_states) * (1 + scale_attn) + shift_attn
         queries = context
         if positions is not None:
             hidden_states, queries = _select(hidden_states, positions), _select(context, positions)
-        hidden_states = hidden_states + gate_attn * self.attn(queries, context)
+        hidden_states = hidden_states + gate_attn * self.attn(queries, context, top_down_features)
         return hidden_states + gate_ff * self.ff(self.norm2(hidden_states) * (1 + scale_ff) + shift_ff)
 
 
@@ -190,27 +215,34 @@ class MaskGitDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
     def forward(
         self,
         input_ids: torch.LongTensor,
-        class_labels: torch.LongTensor,
+        class_labels: torch.LongTensor | None,
         positions: torch.LongTensor | None = None,
+        top_down_features: Sequence[torch.Tensor] | None = None,
+        output_hidden_states: bool = False,
         full_vocabulary: bool = False,
         return_dict: bool = True,
-    ) -> MaskGitTransformerOutput | tuple[torch.Tensor]:
+    ) -> MaskGitTransformerOutput | tuple[torch.Tensor, ...]:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, N)` or `(batch_size, height, width)`):
                 Tokens in `[0, codebook_size]`, row-major; `codebook_size` marks a masked one.
-            class_labels (`torch.LongTensor` of shape `(batch_size,)`):
-                Classes in `[0, num_classes)`, or `num_classes` for no class.
+            class_labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Classes in `[0, num_classes)`, or `num_classes` for no class. `None`: no class for all images.
             positions (`torch.LongTensor` of shape `(batch_size, M)`, *optional*):
                 Flat positions whose logits are wanted: the result equals these rows of the full one, while the output
                 layer and most of the last block run for them only.
+            top_down_features (`Sequence[torch.Tensor]`, one `(batch_size, S, hidden_size)` a block, *optional*):
+                Features of self-guidance for the S = N + `num_register_tokens` positions of the sequence, which each block's
+                value projection takes in addition to its own input.
+            output_hidden_states (`bool`, defaults to `False`):
+                Whether to return the last block's output for the whole sequence too.
             full_vocabulary (`bool`, defaults to `False`):
                 Whether to append the mask token's logit, over which the published training loss normalises too.
             return_dict (`bool`, defaults to `True`): Whether to return a `MaskGitTransformerOutput`, else a tuple.
 
         Returns:
             `MaskGitTransformerOutput` with `logits` of shape `(batch_size, M or N, codebook_size)`, one more column with
-            `full_vocabulary`.
+            `full_vocabulary`, and with `output_hidden_states` `last_hidden_state` of shape `(batch_size, S, hidden_size)`.
         """
         input_ids = input_ids.flatten(1)
         num_tokens = self.position_embed.num_embeddings
@@ -220,6 +252,17 @@ class MaskGitDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
                 f"{num_tokens} (sample_size {self.config.sample_size}). Call `resize_position_embeddings` for another "
                 "grid."
             )
+        if class_labels is None:
+            if not self.config.has_null_class:
+                raise ValueError("`class_labels` is needed: this transformer has no label for no class.")
+            class_labels = input_ids.new_full((len(input_ids),), self.config.num_classes)
+        if top_down_features is None:
+            top_down_features = [None] * len(self.transformer_blocks)
+        elif len(top_down_features) != len(self.transformer_blocks):
+            raise ValueError(
+                f"`top_down_features` has {len(top_down_features)} tensors, but this transformer has "
+                f"{len(self.transformer_blocks)} blocks."
+            )
 
         hidden_states = self.token_embed(input_ids) + self.position_embed.weight  # (B, N, C)
         if self.config.num_register_tokens > 0:
@@ -227,15 +270,20 @@ class MaskGitDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
             hidden_states = torch.cat([hidden_states, registers], dim=1)  # (B, S, C)
         conditioning = F.silu(self.class_embed(class_labels))  # (B, C)
 
+        # Who reads the hidden states wants those of all positions.
+        last_positions = None if output_hidden_states else positions
         last = len(self.transformer_blocks) - 1
-        for i, block in enumerate(self.transformer_blocks):
-            block_positions = positions if i == last else None
+        for i, (block, features) in enumerate(zip(self.transformer_blocks, top_down_features)):
+            arguments = (hidden_states, conditioning, features, last_positions if i == last else None)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, block_positions)
+                hidden_states = self._gradient_checkpointing_func(block, *arguments)
             else:
-                hidden_states = block(hidden_states, conditioning, block_positions)
+                hidden_states = block(*arguments)
+        last_hidden_state = hidden_states if output_hidden_states else None
         if positions is None:
             hidden_states = hidden_states[:, :num_tokens]
+        elif output_hidden_states:
+            hidden_states = _select(hidden_states, positions)
 
         shift, scale = self.adaln_out(conditioning)[:, None].chunk(2, dim=-1)
         hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
@@ -244,8 +292,8 @@ class MaskGitDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
         logits = F.linear(hidden_states, weight, self.output_bias[:num_logits])
 
         if not return_dict:
-            return (logits,)
-        return MaskGitTransformerOutput(logits=logits)
+            return (logits, last_hidden_state) if output_hidden_states else (logits,)
+        return MaskGitTransformerOutput(logits=logits, last_hidden_state=last_hidden_state)
 
     def resize_class_embeddings(self, num_classes: int) -> None:
         """
