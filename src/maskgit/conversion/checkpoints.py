@@ -155,8 +155,8 @@ def strip_wrappers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def count_indices(weights: Mapping[str, torch.Tensor], prefix: str) -> int:
-    """Number of different N in the names `prefix`N.(...)."""
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    """Number of different N in the names `prefix`N.(...), or `prefix`N/(...)."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)[./]")
     return len({match[1] for match in map(pattern.match, weights) if match})
 
 
