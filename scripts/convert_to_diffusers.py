@@ -47,6 +47,10 @@ OPTIONS = {
         "metavar": "N",
         "help": "number of classes (default: what the vocabulary leaves beside the codes)",
     },
+    "tokenizer_config": {
+        "metavar": "FILE",
+        "help": "model.yaml that lies beside the tokenizer, to be checked against its tensors",
+    },
 }
 
 
@@ -74,6 +78,10 @@ def convert_source(args: argparse.Namespace, folder: Path) -> None:
         ("transformer", source.transformer, args.transformer),
     ):
         if not file:
+            for option in part.options:
+                if getattr(args, option) is not None:
+                    missing = {"vqvae": "tokenizer"}.get(name, name)
+                    raise ConversionError(f"--{option} is about a {missing}, but none is given: add --{missing} PATH.")
             continue
         options = {option: getattr(args, option) for option in part.options}
         if "vqvae" in converted and "codebook_size" in options and options["codebook_size"] is None:
@@ -149,6 +157,8 @@ def main(argv: list[str] | None = None):
             raise ConversionError("nothing to convert: give --transformer PATH, --tokenizer PATH or both.")
         if args.push_to_hub:
             validate_repo_id(args.push_to_hub)
+        if getattr(args, "tokenizer_config", None):
+            inputs.append(args.tokenizer_config)
         with new_folder(args.output_dir, args.overwrite, inputs) as folder:
             convert_source(args, folder)
         print(f"wrote {args.output_dir}\n\nUse it:\n\n{how_to_use(Path(args.output_dir))}")

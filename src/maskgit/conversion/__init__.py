@@ -7,3 +7,5 @@ Published checkpoints to models of this package. One file per family turns a sta
 from .checkpoints import ConversionError, Converted, read_weights
 from .halton import convert_halton_transformer
 from .llamagen import convert_llamagen_tokenizer
+from .maskgit_v1 import convert_v1_transformer
+from .taming import convert_taming_tokenizer

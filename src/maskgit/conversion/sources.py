@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from diffusers import ModelMixin, SchedulerMixin, VQModel
 
-from ..models import MaskGitDiTTransformer2DModel
-from . import halton, llamagen
+from ..models import MaskGitDiTTransformer2DModel, MaskGitViTTransformer2DModel
+from . import halton, llamagen, maskgit_v1, taming
 from .cards import Card
 from .checkpoints import ConversionError, Converted, read_weights
 
@@ -80,6 +80,26 @@ SOURCES = {
         make_scheduler=halton.make_scheduler,
         call_defaults=halton.call_defaults,
         check_fit=halton.check_fit,
+    ),
+    "maskgit-v1": Source(
+        summary="MaskGIT-pytorch v1 transformer, taming transformers VQGAN",
+        transformer=Part(
+            files="MaskGIT_ImageNet_{256,512}.pth",
+            model_class=MaskGitViTTransformer2DModel,
+            convert=maskgit_v1.convert_v1_transformer,
+            describe=maskgit_v1.describe_transformer,
+            options=("num_attention_heads", "codebook_size", "num_classes"),
+        ),
+        tokenizer=Part(
+            files="last.ckpt",
+            model_class=VQModel,
+            convert=taming.convert_taming_tokenizer,
+            describe=taming.describe_tokenizer,
+            options=("tokenizer_config",),
+        ),
+        make_scheduler=maskgit_v1.make_scheduler,
+        call_defaults=maskgit_v1.call_defaults,
+        check_fit=maskgit_v1.check_fit,
     ),
 }
 
