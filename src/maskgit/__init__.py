@@ -8,6 +8,7 @@ from .models import (
     MaskGitViTTransformer2DModel,
     MaskGitVQModel,
     PartitionTransformer2DModel,
+    ToastAdapter,
 )
 from .pipelines import MaskGitPipeline
 from .schedulers import ConfidenceScheduler, HaltonScheduler, SelfGuidedScheduler

@@ -17,7 +17,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
-CALL_DEFAULTS = {"guidance_scale": 1.0, "guidance_schedule": "constant", "num_inference_steps": 32}
+CALL_DEFAULTS = {
+    "guidance_scale": 1.0,
+    "guidance_schedule": "constant",
+    "self_guidance_scale": 0.0,
+    "num_inference_steps": 32,
+}
 
 
 def _is_count(value) -> bool:
@@ -31,14 +36,19 @@ class MaskGitPipeline(DiffusionPipeline):
     Args:
         transformer ([`ModelMixin`]): A MaskGIT transformer: tokens and classes in, logits of the codes out.
         vqvae ([`ModelMixin`]): The tokenizer, a [`VQModel`] or of the same interface.
-        scheduler ([`SchedulerMixin`]): A `HaltonScheduler` or `ConfidenceScheduler`, or diffusers' [`AmusedScheduler`].
+        scheduler ([`SchedulerMixin`]): A `HaltonScheduler`, `ConfidenceScheduler` or `SelfGuidedScheduler`, or diffusers'
+            [`AmusedScheduler`].
+        toast ([`ModelMixin`], *optional*): A `ToastAdapter` of this transformer, for self-guidance.
         id2label (`dict`, *optional*): Names of the classes by id; synonyms are separated by commas.
-        call_defaults (`dict`, *optional*): What `guidance_scale`, `guidance_schedule` and `num_inference_steps` are when a
-            call leaves them out: the settings that this checkpoint's numbers were measured with.
+        call_defaults (`dict`, *optional*): What `guidance_scale`, `guidance_schedule`, `self_guidance_scale` and
+            `num_inference_steps` are when a call leaves them out: the settings that this checkpoint's numbers were measured
+            with.
     """
 
     model_cpu_offload_seq = "transformer->vqvae"
-    _optional_components = ["vqvae"]
+    # Small, and needed between two passes of the transformer, which must not make room for it.
+    _exclude_from_cpu_offload = ["toast"]
+    _optional_components = ["vqvae", "toast"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -46,6 +56,7 @@ class MaskGitPipeline(DiffusionPipeline):
         transformer: ModelMixin,
         vqvae: ModelMixin,
         scheduler: SchedulerMixin,
+        toast: ModelMixin | None = None,
         id2label: dict | None = None,
         call_defaults: dict | None = None,
     ):
@@ -53,7 +64,7 @@ class MaskGitPipeline(DiffusionPipeline):
         unknown = set(call_defaults or {}) - set(CALL_DEFAULTS)
         if unknown:
             raise ValueError(f"Unknown `call_defaults` {sorted(unknown)}: they can be {', '.join(CALL_DEFAULTS)}.")
-        self.register_modules(transformer=transformer, vqvae=vqvae, scheduler=scheduler)
+        self.register_modules(transformer=transformer, vqvae=vqvae, scheduler=scheduler, toast=toast)
         self.register_to_config(id2label=id2label, call_defaults=call_defaults)
         # JSON turns integer keys into strings.
         self.id2label = {int(label): name for label, name in (id2label or {}).items()}
@@ -112,6 +123,7 @@ class MaskGitPipeline(DiffusionPipeline):
         guidance_scale: float,
         guidance_schedule: str,
         guidance_interval: tuple[float, float],
+        self_guidance_scale: float,
         num_inference_steps: int,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.LongTensor | None,
@@ -122,8 +134,8 @@ class MaskGitPipeline(DiffusionPipeline):
         codebook_size = self.transformer.config.codebook_size
         if "mask_token_id" not in self.scheduler.config:
             raise ValueError(
-                f"{type(self.scheduler).__name__} does not sample masked tokens: use a HaltonScheduler, ConfidenceScheduler or "
-                "AmusedScheduler."
+                f"{type(self.scheduler).__name__} does not sample masked tokens: use a HaltonScheduler, ConfidenceScheduler, "
+                "SelfGuidedScheduler or AmusedScheduler."
             )
         if self.scheduler.config.mask_token_id != codebook_size:
             raise ValueError(
@@ -148,6 +160,17 @@ class MaskGitPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`guidance_interval` is {guidance_interval}, but must be two fractions of the steps, 0 <= start <= stop <= 1."
             )
+        if (
+            not isinstance(self_guidance_scale, Real)
+            or self_guidance_scale < 0
+            or not math.isfinite(self_guidance_scale)
+        ):
+            raise ValueError(
+                f"`self_guidance_scale` is {self_guidance_scale!r}, but must be a number of at least 0; 0 is no "
+                "self-guidance."
+            )
+        if self_guidance_scale > 0:
+            self._check_toast()
         if not _is_count(num_inference_steps):
             raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}, but must be an int of at least 1.")
         generators = generator if isinstance(generator, list) else [generator]
@@ -187,17 +210,37 @@ class MaskGitPipeline(DiffusionPipeline):
                 f"{self._callback_tensor_inputs}."
             )
 
-    def _guidance_scales(
-        self, scale: float, schedule: str, interval: tuple[float, float], num_inference_steps: int
+    def _check_toast(self) -> None:
+        """Raise a ValueError if there can be no self-guidance: no adapter, or one of another transformer."""
+        transformer = getattr(self.transformer, "_orig_mod", self.transformer)
+        if "top_down_features" not in inspect.signature(type(transformer).forward).parameters:
+            raise ValueError(
+                f"`self_guidance_scale` must be 0: a {type(transformer).__name__} cannot guide itself, as it has no pass "
+                "over a blank canvas."
+            )
+        if self.toast is None:
+            raise ValueError(
+                "`self_guidance_scale` needs a `toast` adapter, and this pipeline has none: train one for its transformer "
+                "with train_toast.py, or leave the scale at 0."
+            )
+        for name in ("hidden_size", "num_layers", "num_classes"):
+            if self.toast.config[name] != transformer.config[name]:
+                raise ValueError(
+                    f"The `toast` adapter is of another transformer: its {name} is {self.toast.config[name]}, this one's is "
+                    f"{transformer.config[name]}."
+                )
+
+    def _guidance_strengths(
+        self, schedule: str, interval: tuple[float, float], num_inference_steps: int
     ) -> list[float]:
-        """The guidance scale of each step: w = scale - 1 is held, or grows from 0 in the first step to w in the last."""
-        scales = []
+        """Share of the guidance in each step: 0 outside the interval, inside 1, or growing from the first step to the last."""
+        strengths = []
         for i in range(num_inference_steps):
             progress = i / (num_inference_steps - 1) if num_inference_steps > 1 else 1.0
             growth = {"constant": 1.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[schedule]
             inside = int(interval[0] * num_inference_steps) <= i < int(interval[1] * num_inference_steps)
-            scales.append(1 + (scale - 1) * growth if inside else 1.0)
-        return scales
+            strengths.append(growth if inside else 0.0)
+        return strengths
 
     def _positions_to_predict(
         self, timestep: torch.Tensor, latents: torch.LongTensor, generator
@@ -218,19 +261,33 @@ class MaskGitPipeline(DiffusionPipeline):
         class_labels: torch.LongTensor,
         positions: torch.LongTensor | None,
         guidance_scale: float,
+        self_guidance_scale: float,
     ) -> torch.Tensor:
-        """Logits (B, M or N, K) in float32; with guidance, of one doubled batch."""
-        if guidance_scale == 1:
-            return self.transformer(latents, class_labels, positions=positions, return_dict=False)[0].float()
-        null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
-        logits = self.transformer(
-            torch.cat([latents, latents]),
-            torch.cat([class_labels, null_labels]),
-            positions=None if positions is None else torch.cat([positions, positions]),
-            return_dict=False,
-        )[0]
-        conditional, unconditional = logits.float().chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        """
+        Logits (B, M or N, K) in float32. With guidance they are of one doubled batch; with self-guidance there is a second
+        pass. Each adds its own difference to the plain logits, as diffusers combines guidance by perturbed attention with
+        that by classes: plain + (guidance_scale - 1) * (plain - unconditional) + self_guidance_scale * (plain - refined).
+        """
+        batch, asked = (latents, class_labels), positions
+        if guidance_scale != 1:
+            null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
+            batch = (torch.cat([latents, latents]), torch.cat([class_labels, null_labels]))
+            asked = None if positions is None else torch.cat([positions, positions])
+        extra = {"output_hidden_states": True} if self_guidance_scale > 0 else {}
+        output = self.transformer(*batch, positions=asked, return_dict=False, **extra)
+        logits = plain = output[0][: len(latents)].float()
+        if guidance_scale != 1:
+            unconditional = output[0][len(latents) :].float()
+            logits = unconditional + guidance_scale * (plain - unconditional)
+        if self_guidance_scale > 0:
+            features = self.toast(output[1][: len(latents)], class_labels)
+            if self.toast.config.use_blank_second:
+                latents, class_labels = torch.full_like(latents, self.scheduler.config.mask_token_id), None
+            refined = self.transformer(
+                latents, class_labels, positions=positions, top_down_features=features, return_dict=False
+            )[0]
+            logits = logits + self_guidance_scale * (plain - refined.float())
+        return logits
 
     @torch.no_grad()
     def __call__(
@@ -239,6 +296,7 @@ class MaskGitPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         guidance_schedule: str | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        self_guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         num_images_per_label: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -255,10 +313,14 @@ class MaskGitPipeline(DiffusionPipeline):
             class_labels (`int`, `str`, a list of them, or `torch.LongTensor`): Class ids or names.
             guidance_scale (`float`, *optional*): Classifier-free guidance; 1 is off. The papers' w is `guidance_scale - 1`.
                 Defaults to the checkpoint's own (`call_defaults`), else 1.
-            guidance_schedule (`str`, *optional*): "constant", or "linear" or "cosine" for a w that grows from 0 at the first
-                step. Defaults to the checkpoint's own, else "constant".
+            guidance_schedule (`str`, *optional*): "constant", or "linear" or "cosine" for a w (and a self-guidance) that
+                grows from 0 at the first step. Defaults to the checkpoint's own, else "constant".
             guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Fractions of the steps between which there
-                is guidance. Elsewhere, and at scale 1, the unconditional half of the batch is not computed.
+                is guidance (and self-guidance). Elsewhere, and where a scale is off, what it needs is not computed.
+            self_guidance_scale (`float`, *optional*): How far to go from what the transformer makes of the image as the
+                `toast` adapter sees it, a smoothed version, to what it makes of the image and beyond: with s, the logits are
+                `refined + (1 + s) * (plain - refined)`. 0 is off; the published value is 1. It adds to `guidance_scale`.
+                Defaults to the checkpoint's own, else 0.
             num_inference_steps (`int`, *optional*): Number of steps. Defaults to the checkpoint's own, else 32.
             num_images_per_label (`int`, defaults to 1): Images of each label; those of a label follow each other.
             generator (`torch.Generator` or a list of them, one an image, *optional*): Source of the random numbers. With a
@@ -278,6 +340,8 @@ class MaskGitPipeline(DiffusionPipeline):
         defaults = CALL_DEFAULTS | (self.config.call_defaults or {})
         guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         guidance_schedule = defaults["guidance_schedule"] if guidance_schedule is None else guidance_schedule
+        if self_guidance_scale is None:
+            self_guidance_scale = defaults["self_guidance_scale"]
         num_inference_steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         if not _is_count(num_images_per_label):
             raise ValueError(f"`num_images_per_label` is {num_images_per_label!r}, but must be an int of at least 1.")
@@ -291,6 +355,7 @@ class MaskGitPipeline(DiffusionPipeline):
             guidance_scale,
             guidance_schedule,
             guidance_interval,
+            self_guidance_scale,
             num_inference_steps,
             generator,
             latents,
@@ -305,16 +370,17 @@ class MaskGitPipeline(DiffusionPipeline):
         latents = latents.to(device, torch.long)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        scales = self._guidance_scales(guidance_scale, guidance_schedule, guidance_interval, num_inference_steps)
+        strengths = self._guidance_strengths(guidance_schedule, guidance_interval, num_inference_steps)
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, timestep in enumerate(self.scheduler.timesteps):
                 positions = self._positions_to_predict(timestep, latents, generator)
+                scales = (1 + (guidance_scale - 1) * strengths[i], self_guidance_scale * strengths[i])
                 if positions is None:
-                    logits = self._predict(latents, labels, None, scales[i]).movedim(-1, 1).unflatten(-1, grid)
+                    logits = self._predict(latents, labels, None, *scales).movedim(-1, 1).unflatten(-1, grid)
                     latents = self.scheduler.step(logits, timestep, latents, generator=generator).prev_sample
                 else:
                     if positions.shape[1] > 0:
-                        logits = self._predict(latents, labels, positions, scales[i])
+                        logits = self._predict(latents, labels, positions, *scales)
                     else:
                         # Nothing is left for the transformer to do. The scheduler steps all the same: a step must take
                         # the same random numbers in every batch.
