@@ -20,6 +20,7 @@ from maskgit.conversion import ConversionError, Converted
 from maskgit.conversion.cards import write_card
 from maskgit.conversion.folders import imagenet_labels, new_folder, write_models
 from maskgit.conversion.sources import SOURCES, Part, check_fit
+from maskgit.models.transformer_partition import QUERY_MODES
 from maskgit.options import user_errors
 from maskgit.publishing import push_folder_to_hub
 
@@ -35,7 +36,7 @@ OPTIONS = {
         "type": int,
         "nargs": 2,
         "metavar": ("H", "W"),
-        "help": "token grid, where it is not square",
+        "help": "token grid, where it is not square, or not the published one and not told by tensors",
     },
     "codebook_size": {
         "type": int,
@@ -50,6 +51,10 @@ OPTIONS = {
     "tokenizer_config": {
         "metavar": "FILE",
         "help": "model.yaml that lies beside the tokenizer, to be checked against its tensors",
+    },
+    "query_mode": {
+        "choices": QUERY_MODES,
+        "help": "what the decoder's queries are made of, pre_query_mode of the training (default: learn+freqs)",
     },
 }
 

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 from diffusers import ModelMixin, SchedulerMixin, VQModel
 
-from ..models import MaskGitDiTTransformer2DModel, MaskGitViTTransformer2DModel
-from . import halton, llamagen, maskgit_v1, taming
+from ..models import (
+    MaskGitDiTTransformer2DModel,
+    MaskGitViTTransformer2DModel,
+    PartitionTransformer2DModel,
+)
+from . import halton, llamagen, maskgit_v1, pgm, taming
 from .cards import Card
 from .checkpoints import ConversionError, Converted, read_weights
 
@@ -100,6 +104,20 @@ SOURCES = {
         make_scheduler=maskgit_v1.make_scheduler,
         call_defaults=maskgit_v1.call_defaults,
         check_fit=maskgit_v1.check_fit,
+    ),
+    "pgm": Source(
+        summary="Partition Generative Modeling transformer, LlamaGen tokenizer",
+        transformer=Part(
+            files="images_pgm_{12_12,14_10}_100epochs.ckpt",
+            model_class=PartitionTransformer2DModel,
+            convert=pgm.convert_pgm_transformer,
+            describe=pgm.describe_transformer,
+            options=("query_mode", "sample_size"),
+        ),
+        tokenizer=LLAMAGEN_TOKENIZER,
+        make_scheduler=pgm.make_scheduler,
+        call_defaults=pgm.call_defaults,
+        check_fit=pgm.check_fit,
     ),
 }
 
