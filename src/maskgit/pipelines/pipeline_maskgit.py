@@ -273,8 +273,9 @@ class MaskGitPipeline(DiffusionPipeline):
             null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
             batch = (torch.cat([latents, latents]), torch.cat([class_labels, null_labels]))
             asked = None if positions is None else torch.cat([positions, positions])
-        extra = {"output_hidden_states": True} if self_guidance_scale > 0 else {}
-        output = self.transformer(*batch, positions=asked, return_dict=False, **extra)
+        extra = {"full_vocabulary": True} if self.scheduler.config.get("mask_logit_counts") else {}
+        hidden = {"output_hidden_states": True} if self_guidance_scale > 0 else {}
+        output = self.transformer(*batch, positions=asked, return_dict=False, **extra, **hidden)
         logits = plain = output[0][: len(latents)].float()
         if guidance_scale != 1:
             unconditional = output[0][len(latents) :].float()
@@ -284,7 +285,7 @@ class MaskGitPipeline(DiffusionPipeline):
             if self.toast.config.use_blank_second:
                 latents, class_labels = torch.full_like(latents, self.scheduler.config.mask_token_id), None
             refined = self.transformer(
-                latents, class_labels, positions=positions, top_down_features=features, return_dict=False
+                latents, class_labels, positions=positions, top_down_features=features, return_dict=False, **extra
             )[0]
             logits = logits + self_guidance_scale * (plain - refined.float())
         return logits

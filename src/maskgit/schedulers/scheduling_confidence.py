@@ -46,6 +46,9 @@ class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
         schedule_all_tokens (`bool`, defaults to `False`): Whether each step decides as many tokens as it would if all were
             masked at the start, as in MaskGIT-pytorch v1. Partly known images are then complete before the last step. By
             default, all the steps share the masked tokens.
+        mask_logit_counts (`bool`, defaults to `False`): Whether a confidence is the token's probability among the codes and
+            the mask token, as in MaskGIT-pytorch v1, and not among the codes alone. The mask token is drawn in neither case.
+            Only for transformers whose `full_vocabulary` logits go on with the mask token's: the pipeline asks for them.
     """
 
     @register_to_config
@@ -61,6 +64,7 @@ class ConfidenceScheduler(MaskGitSchedulerMixin, SchedulerMixin, ConfigMixin):
         selection: str = "confidence",
         progress: str = "completed",
         schedule_all_tokens: bool = False,
+        mask_logit_counts: bool = False,
     ):
         self._check_config()
         for name, value, allowed in (

@@ -304,9 +304,13 @@ class MaskGitSchedulerMixin:
             # Masked positions first; only as many as some image needs are drawn.
             positions = masked.int().argsort(dim=-1, descending=True, stable=True)[:, : int(masked.sum(-1).max())]
             logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
-        logits = shape_logits(logits, self.softmax_temperatures[step_index], self.config.mask_token_id)
+        temperature, mask_token_id = self.softmax_temperatures[step_index], self.config.mask_token_id
+        mask_logit = logits[..., mask_token_id : mask_token_id + 1].float() / temperature
+        logits = shape_logits(logits, temperature, mask_token_id)
         drawn = draw_tokens(logits, uniform.gather(1, positions), self.config.top_k, self.config.top_p)
         # Probabilities before top_k and top_p: after them, greedy choices would all have probability 1.
+        if self.config.get("mask_logit_counts"):
+            logits = torch.cat([logits, mask_logit], dim=-1)
         log_probability = logits.gather(-1, drawn[..., None])[..., 0] - logits.logsumexp(-1)
         drawn = torch.where(masked.gather(1, positions), drawn, tokens.gather(1, positions))
         log_probability = torch.zeros(tokens.shape, device=tokens.device).scatter(1, positions, log_probability)
