@@ -76,11 +76,11 @@ def _parts(folder: Path) -> str:
     tokenizer = _read_config(folder, "vqvae", "config.json")
     if tokenizer:
         rows.append(f"- Tokenizer: `{tokenizer['_class_name']}`.")
-        if tokenizer["_class_name"] == "VQModel":
+        if "num_vq_embeddings" in tokenizer:
             factor = 2 ** (len(tokenizer["block_out_channels"]) - 1)
             rows[-1] = (
-                f"- Tokenizer: `VQModel`, {factor} x {factor} pixels a token, {tokenizer['num_vq_embeddings']} codes of "
-                f"{tokenizer['vq_embed_dim'] or tokenizer['latent_channels']} channels."
+                f"- Tokenizer: `{tokenizer['_class_name']}`, {factor} x {factor} pixels a token, {tokenizer['num_vq_embeddings']} codes of "
+                f"{tokenizer.get('vq_embed_dim') or tokenizer['latent_channels']} channels."
             )
     scheduler = _read_config(folder, "scheduler", "scheduler_config.json")
     if scheduler:

@@ -41,12 +41,15 @@ def write_card(folder: Path, cards: Sequence[Card], model_id: str | None = None)
     results = "\n\n".join(card.results for card in cards if card.results)
     base_models = [card.base_model for card in cards]
     licenses = {card.license for card in cards}
+    # Parts of the same project say the same.
+    licences = dict.fromkeys(card.licence for card in cards)
+    citations = dict.fromkeys(entry for card in cards for entry in card.citation.strip().split("\n\n"))
     sections = {
         "Results": results,
         "Training": "\n\n".join(card.training for card in cards if card.training),
         "Conversion": "\n\n".join(card.conversion for card in cards),
-        "Licence": " ".join([*(card.licence for card in cards), "Python files in this folder, if any: Apache-2.0."]),
-        "Citation": "```bibtex\n" + "\n".join(card.citation.strip() + "\n" for card in cards) + "```",
+        "Licence": " ".join([*licences, "Python files in this folder, if any: Apache-2.0."]),
+        "Citation": "```bibtex\n" + "\n".join(entry + "\n" for entry in citations) + "```",
     }
     write_model_card(
         folder,

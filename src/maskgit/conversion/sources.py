@@ -3,17 +3,21 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from diffusers import ModelMixin, SchedulerMixin, VQModel
 
 from ..models import (
+    MaskGitBertTransformer2DModel,
     MaskGitDiTTransformer2DModel,
     MaskGitViTTransformer2DModel,
+    MaskGitVQModel,
     PartitionTransformer2DModel,
 )
-from . import halton, llamagen, maskgit_v1, pgm, taming
+from . import halton, llamagen, maskgit_google, maskgit_google_cards, maskgit_v1, pgm, taming
 from .cards import Card
 from .checkpoints import ConversionError, Converted, read_weights
+from .maskgit_google_files import read_flax, read_muse_folder
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,64 @@ SOURCES = {
         make_scheduler=maskgit_v1.make_scheduler,
         call_defaults=maskgit_v1.call_defaults,
         check_fit=maskgit_v1.check_fit,
+    ),
+    "maskgit-jax": Source(
+        summary="Google's MaskGIT and its tokenizer, in Flax",
+        transformer=Part(
+            files="maskgit_imagenet{256,512}_checkpoint",
+            model_class=MaskGitBertTransformer2DModel,
+            convert=maskgit_google.convert_flax_transformer,
+            describe=partial(maskgit_google_cards.describe_transformer, "maskgit-jax"),
+            read=read_flax,
+            options=("codebook_size", "num_classes", "sample_size"),
+        ),
+        tokenizer=Part(
+            files="tokenizer_imagenet{256,512}_checkpoint",
+            model_class=MaskGitVQModel,
+            convert=maskgit_google.convert_flax_tokenizer,
+            describe=partial(maskgit_google_cards.describe_tokenizer, "maskgit-jax"),
+            read=read_flax,
+        ),
+        make_scheduler=maskgit_google_cards.make_scheduler,
+        call_defaults=maskgit_google_cards.call_defaults,
+    ),
+    "maskgit-torch": Source(
+        summary="Google's MaskGIT and its tokenizer, as maskgit-torch converted them",
+        transformer=Part(
+            files="maskgit_imagenet{256,512}.ckpt",
+            model_class=MaskGitBertTransformer2DModel,
+            convert=maskgit_google.convert_torch_transformer,
+            describe=partial(maskgit_google_cards.describe_transformer, "maskgit-torch"),
+            options=("num_attention_heads", "codebook_size", "num_classes", "sample_size"),
+        ),
+        tokenizer=Part(
+            files="tokenizer_imagenet{256,512}.ckpt",
+            model_class=MaskGitVQModel,
+            convert=maskgit_google.convert_torch_tokenizer,
+            describe=partial(maskgit_google_cards.describe_tokenizer, "maskgit-torch"),
+        ),
+        make_scheduler=maskgit_google_cards.make_scheduler,
+        call_defaults=maskgit_google_cards.call_defaults,
+    ),
+    "unlockmgm": Source(
+        summary="Google's MaskGIT and its tokenizer, as open-muse and UnlockMGM converted them",
+        transformer=Part(
+            files="folder with config.json and pytorch_model.bin",
+            model_class=MaskGitBertTransformer2DModel,
+            convert=maskgit_google.convert_muse_transformer,
+            describe=partial(maskgit_google_cards.describe_transformer, "unlockmgm"),
+            read=read_muse_folder,
+            options=("sample_size",),
+        ),
+        tokenizer=Part(
+            files="folder of openMUSE/maskgit-vqgan-imagenet-f16-256, or maskgit-vqgan-imagenet-f16-256.bin",
+            model_class=MaskGitVQModel,
+            convert=maskgit_google.convert_muse_tokenizer,
+            describe=partial(maskgit_google_cards.describe_tokenizer, "unlockmgm"),
+            read=read_muse_folder,
+        ),
+        make_scheduler=maskgit_google_cards.make_muse_scheduler,
+        call_defaults=maskgit_google_cards.muse_call_defaults,
     ),
     "pgm": Source(
         summary="Partition Generative Modeling transformer, LlamaGen tokenizer",

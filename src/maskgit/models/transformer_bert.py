@@ -196,7 +196,7 @@ class MaskGitBertTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, Pef
         self.token_embed = nn.Embedding(vocabulary_size, hidden_size)
         self.position_embed = nn.Embedding(1 + height * width, hidden_size)  # the first for the class token
         self.norm_in = nn.LayerNorm(hidden_size, eps=norm_eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout_in = nn.Dropout(dropout)
         self.transformer_blocks = nn.ModuleList(
             [
                 MaskGitBertBlock(
@@ -285,7 +285,7 @@ class MaskGitBertTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, Pef
         else:
             class_embeds = F.embedding(class_labels[:, None], self.token_embed.weight[codebook_size:mask_row])
         hidden_states = torch.cat([class_embeds, token_embeds], dim=1) + self.position_embed.weight  # (B, S, C)
-        hidden_states = self.dropout(self.norm_in(hidden_states))
+        hidden_states = self.dropout_in(self.norm_in(hidden_states))
 
         # Who reads the hidden states wants those of all positions.
         last_positions = None if output_hidden_states else positions
