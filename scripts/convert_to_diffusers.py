@@ -77,16 +77,16 @@ def convert(args: argparse.Namespace, part: Part, file: str, **options) -> Conve
 def convert_source(args: argparse.Namespace, folder: Path) -> None:
     """Converts what is given and writes it into `folder`."""
     source = SOURCES[args.source]
+    for name in ("tokenizer", "transformer"):
+        for option in getattr(source, name).options:
+            if not getattr(args, name) and getattr(args, option) is not None:
+                raise ConversionError(f"--{option} is about a {name}, but none is given: add --{name} PATH.")
     converted = {}
     for name, part, file in (
         ("vqvae", source.tokenizer, args.tokenizer),
         ("transformer", source.transformer, args.transformer),
     ):
         if not file:
-            for option in part.options:
-                if getattr(args, option) is not None:
-                    missing = {"vqvae": "tokenizer"}.get(name, name)
-                    raise ConversionError(f"--{option} is about a {missing}, but none is given: add --{missing} PATH.")
             continue
         options = {option: getattr(args, option) for option in part.options}
         if "vqvae" in converted and "codebook_size" in options and options["codebook_size"] is None:

@@ -146,14 +146,14 @@ def _divide_vocabulary(vocabulary_size: int, codebook_size: int | None, num_clas
                 "--num_classes N or the --tokenizer."
             )
         return PUBLISHED_CODES, PUBLISHED_CLASSES
-    if codebook_size is None:
-        codebook_size = left - num_classes
-    if num_classes is None:
-        num_classes = left - codebook_size
+    given = {"codes": codebook_size, "classes": num_classes}
+    codebook_size = left - num_classes if codebook_size is None else codebook_size
+    num_classes = left - codebook_size if num_classes is None else num_classes
     if min(codebook_size, num_classes) < 1 or codebook_size + num_classes != left:
+        stated = " and ".join(f"{number} {what}" for what, number in given.items() if number is not None)
         raise ConversionError(
-            f"{codebook_size} codes and {num_classes} classes do not fit: with the mask and the dropped class they must make "
-            f"the {vocabulary_size} rows of tok_emb.weight."
+            f"{stated} do not fit: codes, mask, classes and dropped class must make the {vocabulary_size} rows of "
+            "tok_emb.weight. Check --codebook_size, --num_classes and whether the --tokenizer is this transformer's."
         )
     return codebook_size, num_classes
 
@@ -226,13 +226,17 @@ def check_fit(transformer: Mapping, tokenizer: Mapping) -> None:
 
 
 def make_scheduler(transformer: Mapping) -> ConfidenceScheduler:
-    """The published sampler."""
+    """
+    The published sampler. It differs for partly known images only: there its schedule goes on as if nothing were known
+    (`schedule_all_tokens`), which leaves nothing to the last steps.
+    """
     published = published_result(transformer)
     return ConfidenceScheduler(
         mask_token_id=transformer["codebook_size"],
         masking_schedule="arccos",
         choice_temperature=4.5 if published is None else published.choice_temperature,
         progress="elapsed_increments",
+        mask_logit_counts=True,
     )
 
 
