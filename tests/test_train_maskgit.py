@@ -169,6 +169,48 @@ def test_published_training_steps(tmp_path, token_data):
     torch.testing.assert_close(query, golden["out.wq0_after"], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "architecture, overrides",
+    [
+        ("bert", ["loss_on=masked", "label_smoothing=0.1", "label_drop=0", "guidance_scale=1"]),
+        ("vit", ["label_smoothing=0.1"]),
+        ("partition", ["model.num_decoder_layers=2"]),
+    ],
+)
+def test_every_architecture_trains_and_samples(architecture, overrides, config, tmp_path):
+    steps = ["max_train_steps=6", "learning_rate=2e-3", "lr_warmup_steps=1", "ema_decay=null"]
+    logged = run_here(config, tmp_path, f"architecture={architecture}", *overrides, *steps)
+    assert logged[6][0] < logged[1][0]
+    pipeline = MaskGitPipeline.from_pretrained(tmp_path / "pipeline")
+    expected_class, expected_scheduler = train_maskgit.ARCHITECTURES[architecture]
+    assert type(pipeline.transformer) is expected_class and type(pipeline.scheduler) is expected_scheduler
+    tokens = pipeline(3, output_type="latent").images
+    assert tokens.shape == (1, 8, 8) and tokens.max() < 128
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["architecture=bert", "guidance_scale=1"], "give label_drop=0 and guidance_scale=1"),
+        (["architecture=partition", "loss_on=masked"], "give loss_on=all"),
+        (["architecture=vit", "model.num_register_tokens=1"], "unknown option in model"),
+        (["architecture=gan"], "expected one of dit, bert, vit, partition"),
+    ],
+)
+def test_options_that_an_architecture_does_not_have(overrides, message, config, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        run_here(config, tmp_path / "out", *overrides)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_fine_tuning_takes_the_architecture_of_what_it_starts_from(uninterrupted, config, tmp_path, capsys):
+    arguments = [f"pretrained_model={uninterrupted[0] / 'pipeline'}", "architecture=vit", "model={}"]
+    with pytest.raises(SystemExit):
+        run_here(config, tmp_path / "out", *arguments)
+    assert "holds a MaskGitDiTTransformer2DModel, but architecture=vit" in capsys.readouterr().err
+
+
 def test_training_learns_and_saves_a_pipeline(uninterrupted):
     output_dir, logged = uninterrupted
     assert sorted(logged) == list(range(1, 10))

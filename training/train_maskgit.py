@@ -24,10 +24,18 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-import maskgit
-from maskgit import ConfidenceScheduler, HaltonScheduler, MaskGitPipeline
+from maskgit import (
+    ConfidenceScheduler,
+    HaltonScheduler,
+    MaskGitBertTransformer2DModel,
+    MaskGitDiTTransformer2DModel,
+    MaskGitPipeline,
+    MaskGitViTTransformer2DModel,
+    PartitionTransformer2DModel,
+)
 from maskgit.data import TOKEN_DATASET_INFO, ImageDataset, TokenDataset, UnreadableImageError, load_image_dataset
 from maskgit.images import make_grid
+from maskgit.loading import resolve_builtin
 from maskgit.masking import MaskedDataset, masked_token_loss
 from maskgit.model_card import write_model_card
 from maskgit.options import RunOptions, check_keys, load_options, option, user_errors
@@ -50,10 +58,10 @@ logger = get_logger(__name__)
 
 # architecture: its class, and the scheduler that its published models are sampled with
 ARCHITECTURES = {
-    "dit": ("MaskGitDiTTransformer2DModel", HaltonScheduler),
-    "bert": ("MaskGitBertTransformer2DModel", ConfidenceScheduler),
-    "vit": ("MaskGitViTTransformer2DModel", ConfidenceScheduler),
-    "partition": ("PartitionTransformer2DModel", HaltonScheduler),
+    "dit": (MaskGitDiTTransformer2DModel, HaltonScheduler),
+    "bert": (MaskGitBertTransformer2DModel, ConfidenceScheduler),
+    "vit": (MaskGitViTTransformer2DModel, ConfidenceScheduler),
+    "partition": (PartitionTransformer2DModel, HaltonScheduler),
 }
 
 
@@ -107,7 +115,7 @@ class MaskGitOptions(RunOptions):
         {}, help="Arguments of the transformer's class; codebook, classes and grid are those of the data."
     )
     pretrained_model: str | None = option(
-        None, help="Start from this pipeline's transformer (folder or Hub id) instead of random weights."
+        None, help="Start from this pipeline's transformer (folder, Hub id or builtin) instead of random weights."
     )
 
     masking_schedule: str = option("arccos", help="Distribution of the masking ratio: arccos, cosine, linear, ...")
@@ -146,7 +154,7 @@ class MaskGitOptions(RunOptions):
 
     @property
     def transformer_class(self) -> type[ModelMixin]:
-        return getattr(maskgit, ARCHITECTURES[self.architecture][0])
+        return ARCHITECTURES[self.architecture][0]
 
 
 def load_data(options: MaskGitOptions):
@@ -200,7 +208,8 @@ def make_transformer(options: MaskGitOptions, codebook_size: int, num_classes: i
             codebook_size=codebook_size, num_classes=num_classes, sample_size=sample_size, **options.model
         )
     else:
-        config = model_class.load_config(options.pretrained_model, subfolder="transformer")
+        folder = resolve_builtin(options.pretrained_model)
+        config = model_class.load_config(folder, subfolder="transformer")
         if config["_class_name"] != model_class.__name__:
             raise ValueError(
                 f"{options.pretrained_model} holds a {config['_class_name']}, but architecture={options.architecture} is "
@@ -216,9 +225,7 @@ def make_transformer(options: MaskGitOptions, codebook_size: int, num_classes: i
                 raise ValueError(
                     f"model.{name}={value!r}, but {options.pretrained_model} has {config[name]!r}: leave it out."
                 )
-        transformer = model_class.from_pretrained(
-            options.pretrained_model, subfolder="transformer", **options.model
-        ).train()
+        transformer = model_class.from_pretrained(folder, subfolder="transformer", **options.model).float().train()
         if transformer.config.num_classes != num_classes:
             logger.warning(
                 f"{num_classes} classes instead of {config['num_classes']}: their embeddings start at random."

@@ -34,10 +34,16 @@ def builtin(name: str | None = None) -> Path:
     return BUILTIN_MODELS / name
 
 
+def resolve_builtin(model: str) -> str:
+    """The folder of the built-in model that `builtin` or `builtin-NAME` means; any other name or path as it is."""
+    if model == "builtin" or model.startswith("builtin-"):
+        return str(builtin(model.partition("-")[2] or None))
+    return model
+
+
 def _find_folder(model: str) -> Path:
     """The folder of `model`, downloaded if it is on the Hub."""
-    if model == "builtin" or model.startswith("builtin-"):
-        return builtin(model.partition("-")[2] or None)
+    model = resolve_builtin(model)
     if Path(model).is_dir():
         return Path(model)
     if Path(model).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):

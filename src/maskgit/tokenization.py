@@ -6,6 +6,12 @@ import hashlib
 import torch
 from diffusers import ModelMixin, VQModel
 
+from .loading import resolve_builtin
+from .models import MaskGitVQModel
+
+
+TOKENIZERS = {"VQModel": VQModel, "MaskGitVQModel": MaskGitVQModel}
+
 
 def load_tokenizer(name_or_path: str) -> ModelMixin:
     """
@@ -13,8 +19,9 @@ def load_tokenizer(name_or_path: str) -> ModelMixin:
 
     Args:
         name_or_path (`str`):
-            A folder or Hub id holding either the tokenizer itself or a pipeline with the tokenizer in `vqvae/`.
+            A folder or Hub id holding either the tokenizer itself or a pipeline with the tokenizer in `vqvae/`; or builtin, builtin-NAME.
     """
+    name_or_path = resolve_builtin(name_or_path)
     for subfolder in ("vqvae", None):
         try:
             config = VQModel.load_config(name_or_path, subfolder=subfolder)
@@ -25,9 +32,12 @@ def load_tokenizer(name_or_path: str) -> ModelMixin:
                     f"found no tokenizer in {name_or_path!r}: expected the folder or Hub id of a tokenizer (config.json) "
                     f"or of a pipeline (vqvae/config.json). {str(error).splitlines()[0]}"
                 ) from None
-    if config.get("_class_name") != "VQModel":
-        raise ValueError(f"{name_or_path!r} holds a {config.get('_class_name')}, not a VQModel.")
-    return VQModel.from_pretrained(name_or_path, subfolder=subfolder).float().eval()
+    tokenizer_class = TOKENIZERS.get(config.get("_class_name"))
+    if tokenizer_class is None:
+        raise ValueError(
+            f"{name_or_path!r} holds a {config.get('_class_name')}, not a tokenizer ({' or '.join(TOKENIZERS)})."
+        )
+    return tokenizer_class.from_pretrained(name_or_path, subfolder=subfolder).float().eval()
 
 
 def tokenizer_checksum(tokenizer: ModelMixin) -> str:
