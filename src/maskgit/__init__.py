@@ -10,7 +10,7 @@ from .models import (
     PartitionTransformer2DModel,
     ToastAdapter,
 )
-from .pipelines import MaskGitPipeline
+from .pipelines import MaskGitInpaintPipeline, MaskGitPipeline
 from .schedulers import ConfidenceScheduler, HaltonScheduler, SelfGuidedScheduler
 
 
