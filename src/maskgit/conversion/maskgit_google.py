@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from .checkpoints import ConversionError, Converted, Rename, common_size, count_indices, rename_tensors
+from .checkpoints import ConversionError, Converted, Rename, count_indices, rename_tensors
 
 
 # Of the published transformers. The vocabulary holds the codes, the classes and the mask, in this order.
@@ -46,18 +46,34 @@ class Tensor:
 
 
 def _find_sizes(weights: Mapping[str, torch.Tensor], tensors: Iterable[Tensor]) -> dict[str, int]:
-    """The sizes behind their names, as most tensors have them."""
-    axes: dict[str, list[tuple[str, int]]] = {}
+    """The sizes behind their names, as most tensors have them: one wrong tensor is then reported, instead of the others."""
+    found: dict[str, dict[int, list[str]]] = {}
     for tensor in tensors:
-        for axis, size in enumerate(tensor.sizes):
-            if isinstance(size, str):
-                axes.setdefault(size, []).append((tensor.source, axis))
-    return {size: common_size(weights, pairs) for size, pairs in axes.items()}
+        shape = tuple(weights[tensor.source].shape) if tensor.source in weights else ()
+        for name, size in zip(tensor.sizes, shape if len(shape) == len(tensor.sizes) else ()):
+            if isinstance(name, str):
+                found.setdefault(name, {}).setdefault(size, []).append(tensor.source)
+    sizes = {}
+    for name, sources in found.items():
+        first, *others = sorted(sources, key=lambda size: len(sources[size]), reverse=True)
+        if others and len(sources[first]) == len(sources[others[0]]):
+            one, other = (
+                f"{source} ({' x '.join(map(str, weights[source].shape))})"
+                for source in (sources[first][0], sources[others[0]][0])
+            )
+            raise ConversionError(f"{one} and {other} do not fit together: one of them is of another model.")
+        sizes[name] = first
+    return sizes
 
 
 def _renames(tensors: Iterable[Tensor], sizes: Mapping[str, int]) -> list[Rename]:
     return [
-        Rename(tensor.source, tensor.target, tuple(sizes.get(size, size) for size in tensor.sizes), tensor.change)
+        Rename(
+            tensor.source,
+            tensor.target,
+            tuple(size if isinstance(size, int) else sizes.get(size, 0) for size in tensor.sizes),
+            tensor.change,
+        )
         for tensor in tensors
     ]
 
@@ -273,7 +289,7 @@ def convert_torch_transformer(
     """
     tensors = list(_torch_transformer(weights))
     sizes = _find_sizes(weights, tensors)
-    sizes["qkv"] = 3 * sizes["hidden"]
+    sizes["qkv"] = 3 * sizes.get("hidden", 0)
     state_dict = rename_tensors(weights, _renames(tensors, sizes), "maskgit-torch transformer")
     for name in [name for name in state_dict if ".attn.to_qkv." in name]:
         for new, part in zip(("to_q", "to_k", "to_v"), state_dict.pop(name).chunk(3)):
@@ -453,7 +469,7 @@ def _tokenizer_tensors(names: TokenizerNames, sizes: Mapping[str, int] | None = 
             yield from layer(conv1, block + ".conv1", width, before, 3, 3, bias=False)
             yield from layer(norm2, block + ".norm2", width)
             yield from layer(conv2, block + ".conv2", width, width, 3, 3, bias=False)
-            if sizes is not None and sizes[before] != sizes[width]:
+            if sizes is not None and sizes.get(before) != sizes.get(width):
                 yield from layer(conv_shortcut, block + ".conv_shortcut", width, width, 1, 1, bias=False)
             before = width
 
