@@ -8,7 +8,8 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 import torch
-from PIL import Image
+
+from .images import image_to_tensor
 
 
 TOKEN_DATASET_INFO = "token_dataset.json"
@@ -88,38 +89,6 @@ def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
         else:
             dataset = dataset.class_encode_column("label")
     return dataset
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB: grey and palette images are expanded, transparency is laid on white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(background, image)
-    if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
-    return image.convert("RGB")
-
-
-def image_to_tensor(image: Image.Image, size: int, crop: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
-    """
-    Resizes the shorter side to `size` (bicubic), cuts out a square and scales it to [-1, 1]. An image of that size is not touched.
-
-    Args:
-        image (`PIL.Image.Image`): of any mode and size.
-        size (`int`): side of the square, in pixels.
-        crop (`tuple[float, float]`): where to cut, as shares of the room left (x, y); (0.5, 0.5) is the centre.
-
-    Returns:
-        `torch.Tensor`: float32 (3, size, size) in [-1, 1].
-    """
-    image = to_rgb(image)
-    if min(image.size) != size:
-        scale = size / min(image.size)
-        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-    left, top = (round((side - size) * share) for side, share in zip(image.size, crop))
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
-    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
 class ImageDataset(torch.utils.data.Dataset):

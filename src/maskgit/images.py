@@ -1,8 +1,10 @@
 # Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of pictures: grids, and token grids that are not finished yet."""
+"""Images as tensors, and pictures of pictures: grids, and token grids that are not finished yet."""
 
 import math
 
+import numpy as np
+import torch
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageOps
 
@@ -10,6 +12,43 @@ from PIL import Image, ImageDraw, ImageOps
 MIN_SIDE = 96
 MAX_GRID_SIDE = 4096
 MASK_FILL, MASK_OUTLINE = (60, 64, 82), (88, 94, 118)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as RGB: grey and palette images are expanded, transparency is laid on white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(background, image)
+    if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def crop_square(image: Image.Image, size: int, crop: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """
+    Resizes the shorter side to `size` (bicubic) and cuts out a square. An image of that size is not touched.
+
+    Args:
+        image (`PIL.Image.Image`): of any mode and size.
+        size (`int`): side of the square, in pixels.
+        crop (`tuple[float, float]`): where to cut, as shares of the room left (x, y); (0.5, 0.5) is the centre.
+
+    Returns:
+        `PIL.Image.Image`: RGB, `size` x `size`.
+    """
+    image = to_rgb(image)
+    if min(image.size) != size:
+        scale = size / min(image.size)
+        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (round((side - size) * share) for side, share in zip(image.size, crop))
+    return image.crop((left, top, left + size, top + size))
+
+
+def image_to_tensor(image: Image.Image, size: int, crop: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
+    """`crop_square` of an image, as float32 (3, size, size) in [-1, 1]."""
+    pixels = np.asarray(crop_square(image, size, crop), dtype=np.float32)
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
 def enlarge(image: Image.Image) -> Image.Image:
