@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,14 @@ from accelerate.utils import (
     parse_flag_from_env,
     set_seed,
 )
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 
+from .data import TOKEN_DATASET_INFO, ImageDataset, TokenDataset, load_image_dataset
 from .options import RunOptions
+from .tokenization import load_tokenizer, tokenizer_checksum
 
 
 logger = get_logger(__name__)
@@ -43,6 +46,70 @@ SHARDING = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
+
+
+# ---------------------------------------------------------------- the data
+
+
+def load_data(
+    data: str,
+    splits: Sequence[str],
+    tokenizer: str | ModelMixin | None,
+    image_size: int | None = None,
+    random_crop: bool = False,
+    random_flip: bool = False,
+    seed: int = 0,
+) -> tuple[ModelMixin, list[TokenDataset] | list[ImageDataset], list[str], tuple[int, int]]:
+    """
+    Images of classes as tokens, or as pixels for the tokenizer to encode in training.
+
+    Args:
+        data (`str`): A token dataset made by `encode_dataset.py`, or images: what `load_image_dataset` takes.
+        splits (`Sequence[str]`): Of the data; the first is trained on.
+        tokenizer (`str` or `ModelMixin`, *optional*): Folder or Hub id of the tokenizer, or the tokenizer. Defaults to the one that
+            the token dataset was made with.
+        image_size (`int`, *optional*): Side of the images in pixels. Images need it.
+        random_crop, random_flip (`bool`): How the images of the first split are varied.
+        seed (`int`): Of these variations.
+
+    Returns:
+        The tokenizer, a dataset for each split, the names of the classes, and height and width of the token grid.
+    """
+    if (Path(data) / TOKEN_DATASET_INFO).is_file():
+        sets = [TokenDataset(data, split) for split in splits]
+        name = "the given one" if isinstance(tokenizer, ModelMixin) else tokenizer or sets[0].tokenizer
+        tokenizer = tokenizer if isinstance(tokenizer, ModelMixin) else load_tokenizer(name)
+        names, grid = sets[0].label_names, sets[0].grid_size
+        if tokenizer.config.num_vq_embeddings != sets[0].codebook_size:
+            raise ValueError(
+                f"{data} was made with {sets[0].codebook_size} codes, but the tokenizer has {tokenizer.config.num_vq_embeddings}: "
+                "give the tokenizer that it was made with."
+            )
+        if tokenizer_checksum(tokenizer) != sets[0].tokenizer_checksum:
+            raise ValueError(
+                f"the tokens in {data} were made with other weights than those of {name}: give the tokenizer that they were made "
+                "with, or encode the images again."
+            )
+        return tokenizer, sets, names, grid
+
+    if tokenizer is None or image_size is None:
+        found = "is no token dataset" if Path(data).exists() else "is not there"
+        missing = "image_size" if tokenizer is not None else "tokenizer and image_size"
+        raise ValueError(
+            f"{data} {found}: encode images with encode_dataset.py, or give {missing} to train on images."
+        )
+    tokenizer = tokenizer if isinstance(tokenizer, ModelMixin) else load_tokenizer(tokenizer)
+    images = [load_image_dataset(data, split) for split in splits]
+    if "label" not in images[0].features:
+        raise ValueError(f"{data} has no labels: put the images of each class into a folder of its own.")
+    factor = 2 ** (len(tokenizer.config.block_out_channels) - 1)
+    if image_size % factor:
+        raise ValueError(f"image_size={image_size} must be a multiple of {factor}, the tokenizer's factor.")
+    sets = [
+        ImageDataset(dataset, image_size, random_crop and i == 0, random_flip and i == 0, seed)
+        for i, dataset in enumerate(images)
+    ]
+    return tokenizer, sets, images[0].features["label"].names, (image_size // factor,) * 2
 
 
 # ---------------------------------------------------------------- the run
