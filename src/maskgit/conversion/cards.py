@@ -39,7 +39,7 @@ class Card:
 def write_card(folder: Path, cards: Sequence[Card], model_id: str | None = None) -> None:
     """Writes the model card of a folder of converted parts: the transformer's first, if there is one."""
     results = "\n\n".join(card.results for card in cards if card.results)
-    base_models = [card.base_model for card in cards]
+    base_models = list(dict.fromkeys(card.base_model for card in cards))
     licenses = {card.license for card in cards}
     # Parts of the same project say the same.
     licences = dict.fromkeys(card.licence for card in cards)
