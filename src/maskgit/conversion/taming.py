@@ -1,5 +1,8 @@
 # Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
-"""VQGANs of taming transformers (Esser et al., arXiv 2012.09841; github.com/CompVis/taming-transformers), as `diffusers.VQModel`."""
+"""
+VQGANs of taming transformers (Esser et al., CVPR 2021, arXiv 2012.09841; github.com/CompVis/taming-transformers), as
+`diffusers.VQModel`.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,8 +24,7 @@ NAMES = Names(
     middle=("block_1", "attn_1", "block_2"),
 )
 
-# What the code of taming transformers can do and `diffusers.VQModel` cannot: values in model.yaml, with the one that it can, and
-# tensors.
+# What taming transformers can do and `diffusers.VQModel` cannot: in model.yaml, with the only value that fits, and tensors.
 ONLY_VALUES = {"remap": None, "double_z": False, "resamp_with_conv": True, "give_pre_end": False}
 FOREIGN_TENSORS = {
     "quantize.embed.weight": "its codes are chosen by a Gumbel softmax (quantize.embed)",
