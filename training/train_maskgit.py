@@ -33,17 +33,18 @@ from maskgit import (
     MaskGitViTTransformer2DModel,
     PartitionTransformer2DModel,
 )
-from maskgit.data import TOKEN_DATASET_INFO, ImageDataset, TokenDataset, UnreadableImageError, load_image_dataset
+from maskgit.data import UnreadableImageError
 from maskgit.images import make_grid
 from maskgit.loading import resolve_builtin
 from maskgit.masking import MaskedDataset, masked_token_loss
 from maskgit.model_card import write_model_card
 from maskgit.options import RunOptions, check_keys, load_options, option, user_errors
 from maskgit.publishing import push_folder_to_hub
-from maskgit.tokenization import encode_images, load_tokenizer, tokenizer_checksum
+from maskgit.tokenization import encode_images
 from maskgit.training_utils import (
     averaged_weights,
     load_checkpoint,
+    load_data,
     make_accelerator,
     make_lr_scheduler,
     make_train_loader,
@@ -157,49 +158,6 @@ class MaskGitOptions(RunOptions):
         return ARCHITECTURES[self.architecture][0]
 
 
-def load_data(options: MaskGitOptions):
-    """The tokenizer, the training and validation images or tokens, their label names and their token grid."""
-    splits = [options.split] + ([options.validation_split] if options.validation_split else [])
-    if (Path(options.data) / TOKEN_DATASET_INFO).is_file():
-        sets = [TokenDataset(options.data, split) for split in splits]
-        tokenizer = load_tokenizer(options.tokenizer or sets[0].tokenizer)
-        names, grid = sets[0].label_names, sets[0].grid_size
-        if tokenizer.config.num_vq_embeddings != sets[0].codebook_size:
-            raise ValueError(
-                f"{options.data} was made with {sets[0].codebook_size} codes, but the tokenizer has "
-                f"{tokenizer.config.num_vq_embeddings}: give the tokenizer that it was made with."
-            )
-        if tokenizer_checksum(tokenizer) != sets[0].tokenizer_checksum:
-            raise ValueError(
-                f"the tokens in {options.data} were made with other weights than those of "
-                f"{options.tokenizer or sets[0].tokenizer}: give the tokenizer that they were made with, or encode the images again."
-            )
-    else:
-        if options.tokenizer is None or options.image_size is None:
-            found = "is no token dataset" if Path(options.data).exists() else "is not there"
-            raise ValueError(
-                f"{options.data} {found}: encode images with encode_dataset.py, or give tokenizer and image_size to train on "
-                "images."
-            )
-        tokenizer = load_tokenizer(options.tokenizer)
-        images = [load_image_dataset(options.data, split) for split in splits]
-        if "label" not in images[0].features:
-            raise ValueError(f"{options.data} has no labels: put the images of each class into a folder of its own.")
-        names = images[0].features["label"].names
-        flips = [options.random_flip, False]
-        sets = [
-            ImageDataset(dataset, options.image_size, random_flip=flip, seed=options.seed)
-            for dataset, flip in zip(images, flips)
-        ]
-        factor = 2 ** (len(tokenizer.config.block_out_channels) - 1)
-        if options.image_size % factor:
-            raise ValueError(
-                f"image_size={options.image_size} must be a multiple of {factor}, the tokenizer's factor."
-            )
-        grid = (options.image_size // factor,) * 2
-    return tokenizer, sets[0], sets[1] if len(sets) > 1 else None, names, grid
-
-
 def make_transformer(options: MaskGitOptions, codebook_size: int, num_classes: int, grid: tuple[int, int]):
     model_class = options.transformer_class
     sample_size = grid[0] if grid[0] == grid[1] else grid
@@ -256,7 +214,15 @@ class Trainer:
         self.options = options
         with user_errors():
             self.accelerator = make_accelerator(options)
-            self.tokenizer, train_set, validation_set, self.label_names, self.grid = load_data(options)
+            splits = [options.split] + ([options.validation_split] if options.validation_split else [])
+            self.tokenizer, (train_set, *validation_sets), self.label_names, self.grid = load_data(
+                options.data,
+                splits,
+                options.tokenizer,
+                options.image_size,
+                random_flip=options.random_flip,
+                seed=options.seed,
+            )
             num_tokens = self.grid[0] * self.grid[1]
             self.codebook_size, self.num_classes = self.tokenizer.config.num_vq_embeddings, len(self.label_names)
             masking = (num_tokens, options.masking_schedule, options.label_drop, options.seed)
@@ -266,8 +232,8 @@ class Trainer:
             self.loader = make_train_loader(self.accelerator, options, MaskedDataset(train_set, *masking))
 
         self.validation_loader = None
-        if validation_set is not None:
-            loader = torch.utils.data.DataLoader(MaskedDataset(validation_set, *masking), options.train_batch_size)
+        if validation_sets:
+            loader = torch.utils.data.DataLoader(MaskedDataset(validation_sets[0], *masking), options.train_batch_size)
             self.validation_loader = self.accelerator.prepare(loader)
         self.tokenizer.to(self.accelerator.device).requires_grad_(False)
         if options.gradient_checkpointing:
