@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet
 import torch
 
-from .images import image_to_tensor
+from .images import UnreadableImageError, image_to_tensor
 
 
 TOKEN_DATASET_INFO = "token_dataset.json"
@@ -21,13 +21,6 @@ SPLIT_FOLDERS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-
-
-class UnreadableImageError(ValueError):
-    """An image is broken. From a `DataLoader`'s worker it arrives with a traceback as its message, of which the last line is kept."""
-
-    def __init__(self, message: str):
-        super().__init__(message.rstrip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
 def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:

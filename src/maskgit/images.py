@@ -14,6 +14,13 @@ MAX_GRID_SIDE = 4096
 MASK_FILL, MASK_OUTLINE = (60, 64, 82), (88, 94, 118)
 
 
+class UnreadableImageError(ValueError):
+    """An image is broken. From a `DataLoader`'s worker it arrives with a traceback as its message, of which the last line is kept."""
+
+    def __init__(self, message: str):
+        super().__init__(message.rstrip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as RGB: grey and palette images are expanded, transparency is laid on white."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
