@@ -208,7 +208,7 @@ def _find_grid(num_tokens: int, sample_size: tuple[int, int] | None) -> int | tu
                 f"--sample_size {' '.join(map(str, sample_size))} is no grid of the {num_tokens} image tokens that have a "
                 "position."
             )
-    elif side * side != num_tokens:
+    elif side * side != num_tokens or side == 0:
         raise ConversionError(
             f"{num_tokens} image tokens have a position, which is no square grid: give its --sample_size H W."
         )
