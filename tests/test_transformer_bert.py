@@ -442,14 +442,14 @@ def test_lora_round_trip(tmp_path):
 
 
 def test_compiles_without_graph_breaks_or_a_recompilation_per_step():
-    model = make_model()
+    model = make_model(num_layers=2)
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     input_ids, labels = make_inputs()
     with torch.no_grad():
         torch.testing.assert_close(compiled(input_ids, labels).logits, model(input_ids, labels).logits)
-        for num_positions in range(2, 12):
+        for num_positions in (2, 3, 5, 9):
             positions = torch.arange(num_positions).expand(3, -1)
             torch.testing.assert_close(
                 compiled(input_ids, labels, positions=positions).logits,
@@ -460,12 +460,12 @@ def test_compiles_without_graph_breaks_or_a_recompilation_per_step():
 
 
 def test_self_guidance_compiles():
-    model = make_model(dropout=0.1).train()
+    model = make_model(num_layers=2, dropout=0.1).train()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     input_ids, labels = make_inputs()
     compiled(input_ids, labels, positions=POSITIONS, output_hidden_states=True).last_hidden_state.mean().backward()
-    compiled(input_ids, None, top_down_features=make_features(), full_vocabulary=True).logits.mean().backward()
+    compiled(input_ids, None, top_down_features=make_features()[:2], full_vocabulary=True).logits.mean().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
