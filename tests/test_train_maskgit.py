@@ -347,7 +347,7 @@ def test_debug_run_on_the_shipped_config(tmp_path, token_data):
 def test_shipped_configs_are_valid(path, monkeypatch):
     options = load_options(train_maskgit.MaskGitOptions, ["--config", str(path), "compile=false"])
     with torch.device("meta"):
-        MaskGitDiTTransformer2DModel(**options.model)
+        options.transformer_class(**options.model)
 
 
 @pytest.mark.parametrize(
