@@ -41,7 +41,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     py_modules=["maskgit_cli"],
-    package_data={"maskgit": ["builtin_models/**/*", "imagenet_classes.txt"]},
+    package_data={"maskgit": ["builtin_models/**/*", "imagenet_classes.txt", "preset_files/*.yaml"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["maskgit=maskgit_cli:main"]},

@@ -90,15 +90,28 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     )
     add(
         "--scheduler",
-        choices=("halton", "confidence"),
-        help="which tokens each step decides: a Halton sequence's, or those that the model is most sure of; with default "
-        "settings if the model comes with the other (default: the model's own)",
+        choices=("halton", "confidence", "self-guided"),
+        help="which tokens each step decides: a Halton sequence's, those that the model is most sure of, or these with more "
+        "noise and second thoughts; with default settings if the model comes with another (default: the model's own)",
     )
     add(
         "--guidance_scale",
         type=_number(float, 0),
         metavar="G",
         help="how strongly images are pulled to their class; 1 is off (default: the model's own)",
+    )
+    add(
+        "--self_guidance_scale",
+        type=_number(float, 0),
+        metavar="S",
+        help="how far to go beyond what the model makes of a smoothed image, for models with a toast adapter; 0 is off "
+        "(default: the model's own)",
+    )
+    add(
+        "--preset",
+        metavar="NAME|FILE",
+        help="sample with the settings of a published result: a name such as halton-base-256 (all of them: configs/presets), "
+        "or a YAML file of that form; the options above win over it",
     )
     add("--batch_size", type=_number(int, 1), default=16, metavar="B", help="images drawn at a time (default: 16)")
     add(

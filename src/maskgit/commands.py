@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .images import make_grid, mark_masked
-from .loading import load_pipeline
+from .loading import SCHEDULERS, load_pipeline
 from .pipelines import MaskGitPipeline
 from .pipelines.pipeline_maskgit import CALL_DEFAULTS
+from .presets import apply_preset, load_preset
 
 
 MAX_IMAGES_IN_GRID = 1000
@@ -91,6 +92,8 @@ def sample(
     num_inference_steps: int | None,
     scheduler: str | None,
     guidance_scale: float | None,
+    self_guidance_scale: float | None,
+    preset: str | None,
     batch_size: int,
     dtype: str,
     device: str | None,
@@ -99,6 +102,7 @@ def sample(
     """Generate images of classes (None: all) into a folder."""
     folder = Path(output_dir)
     _check_output_dir(folder, overwrite)
+    published = None if preset is None else load_preset(preset)
     pipe = load_pipeline(model, scheduler, dtype, device)
     class_ids = list(range(pipe.transformer.config.num_classes)) if classes is None else pipe.get_label_ids(classes)
     labels = [class_id for class_id in class_ids for _ in range(images_per_class)]
@@ -110,7 +114,16 @@ def sample(
         raise OSError(f"Cannot write '{folder / in_the_way}': there is a folder of this name.")
 
     sampling = CALL_DEFAULTS | (pipe.config.call_defaults or {})
-    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    if published is not None:
+        chosen = pipe.scheduler
+        sampling = apply_preset(pipe, published)
+        if scheduler is not None and SCHEDULERS[scheduler] is not type(pipe.scheduler):
+            pipe.scheduler = chosen
+    given = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "self_guidance_scale": self_guidance_scale,
+    }
     sampling |= {name: value for name, value in given.items() if value is not None}
     pipe.check_inputs(
         **sampling,
@@ -161,6 +174,7 @@ def sample(
     scheduler_config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     settings = {
         "model": model,
+        "preset": preset,
         "classes": class_ids,
         "class_names": [pipe.id2label.get(class_id) for class_id in class_ids],
         "images_per_class": images_per_class,

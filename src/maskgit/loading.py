@@ -11,12 +11,12 @@ from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 
 from .pipelines import MaskGitPipeline
-from .schedulers import ConfidenceScheduler, HaltonScheduler
+from .schedulers import ConfidenceScheduler, HaltonScheduler, SelfGuidedScheduler
 
 
 BUILTIN_MODELS = Path(__file__).parent / "builtin_models"
 DEFAULT_BUILTIN = "fashion-mnist"
-SCHEDULERS = {"halton": HaltonScheduler, "confidence": ConfidenceScheduler}
+SCHEDULERS = {"halton": HaltonScheduler, "confidence": ConfidenceScheduler, "self-guided": SelfGuidedScheduler}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -116,8 +116,8 @@ def load_pipeline(
 
     Args:
         model (`str`): "builtin", "builtin-NAME", a folder, or the id of a repository on the Hub.
-        scheduler (`str`, *optional*): "halton" or "confidence", with its default settings if the checkpoint's own scheduler
-            is another one. Defaults to the checkpoint's own.
+        scheduler (`str`, *optional*): "halton", "confidence" or "self-guided", with its default settings if the checkpoint's
+            own scheduler is another one. Defaults to the checkpoint's own.
         dtype (`str`): "float32", "bfloat16" or "float16".
         device (`str`, *optional*): A device of torch. Defaults to the GPU (cuda, mps, ...) if there is one, else the CPU.
     """
