@@ -20,10 +20,12 @@ EXTRAS = {
     "train": ["datasets>=4.0", "tensorboard"],
     "eval": ["torch-fidelity>=0.4", "scipy", "matplotlib"],
     "app": ["gradio"],
+    "convert": ["msgpack"],  # Flax files
 }
 EXTRAS["dev"] = [
     *EXTRAS["train"],
     *EXTRAS["eval"],
+    *EXTRAS["convert"],
     "peft>=0.17",
     "Jinja2",  # model cards
     "pytest",
