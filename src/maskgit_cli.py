@@ -43,16 +43,22 @@ def _classes(text: str) -> list[int | str] | None:
     return [int(part) if re.fullmatch(r"-?\d+", part) else part for part in parts]
 
 
-def _add_sample(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "sample",
-        help="generate images of classes",
-        description="Generate images of classes with a masked generative transformer.",
-        epilog="Image i, counted from 0 in the order of --classes, is drawn with the seed S + i: it is the same whatever "
-        "the batch size. It is written to NUMBER_CLASS.png; grid.png shows all of them (the first 1000), a row for each "
-        "class where there are few, and settings.json holds what they were made with.",
-        allow_abbrev=False,
-    )
+def _class(text: str) -> int | str:
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def _mask(text: str) -> str | tuple[int, ...]:
+    if not re.fullmatch(r"[-\d.,\s]*,[-\d.,\s]*", text):
+        return text
+    box = tuple(int(number) for number in text.split(",")) if re.fullmatch(r"\d+(,\d+){3}", text) else ()
+    if not box or 0 in box[2:]:
+        raise argparse.ArgumentTypeError(
+            f"must be a file, or X,Y,W,H in pixels with a width and height of at least 1, but is {text!r}"
+        )
+    return box
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--model",
@@ -62,17 +68,21 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
         "package) or builtin-NAME",
     )
     add(
-        "--classes",
-        type=_classes,
-        metavar="C,C,...",
-        help='ids or names with commas between, such as 90,180,goldfish or "ankle boot,bag", or all (default)',
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="precision of the models (default: float32)",
     )
-    add("--images_per_class", type=_number(int, 1), default=4, metavar="N", help="images of each class (default: 4)")
+    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the GPU if there is one, else cpu)")
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    add = parser.add_argument
     add(
         "--output_dir",
-        default="outputs/samples",
+        default=output_dir,
         metavar="DIR",
-        help="folder to write to, made if it does not exist (default: outputs/samples)",
+        help=f"folder to write to, made if it does not exist (default: {output_dir})",
     )
     add("--overwrite", action="store_true", help="write to a folder that has files, over those of the same names")
     add(
@@ -114,13 +124,28 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
         "or a YAML file of that form; the options above win over it",
     )
     add("--batch_size", type=_number(int, 1), default=16, metavar="B", help="images drawn at a time (default: 16)")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="precision of the models (default: float32)",
+
+
+def _add_sample(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "sample",
+        help="generate images of classes",
+        description="Generate images of classes with a masked generative transformer.",
+        epilog="Image i, counted from 0 in the order of --classes, is drawn with the seed S + i: it is the same whatever "
+        "the batch size. It is written to NUMBER_CLASS.png; grid.png shows all of them (the first 1000), a row for each "
+        "class where there are few, and settings.json holds what they were made with.",
+        allow_abbrev=False,
     )
-    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the GPU if there is one, else cpu)")
+    add = parser.add_argument
+    _add_model_options(parser)
+    add(
+        "--classes",
+        type=_classes,
+        metavar="C,C,...",
+        help='ids or names with commas between, such as 90,180,goldfish or "ankle boot,bag", or all (default)',
+    )
+    add("--images_per_class", type=_number(int, 1), default=4, metavar="N", help="images of each class (default: 4)")
+    _add_sampling_options(parser, "outputs/samples")
     add(
         "--save_steps",
         action="store_true",
@@ -129,10 +154,75 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     )
 
 
+def _add_inpaint(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "inpaint",
+        help="paint a part of an image anew",
+        description="Paint a part of an image anew, as a class, with a masked generative transformer: inpainting, "
+        "outpainting and class-conditional editing.",
+        epilog="The image is resized to the model's size, whatever its proportions. Result i, counted from 0, is drawn with "
+        "the seed S + i and written to NUMBER_CLASS.png; grid.png shows the original, what was masked, and the results (the "
+        "first 1000), and settings.json holds what they were made with.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--image", required=True, metavar="FILE", help="the image to paint on")
+    add(
+        "--mask",
+        required=True,
+        type=_mask,
+        metavar="FILE|X,Y,W,H",
+        help="what to paint: the white part of an image of the same size, or a box in pixels: left, top, width, height",
+    )
+    add(
+        "--class",
+        dest="label",
+        required=True,
+        type=_class,
+        metavar="C",
+        help="id or name of the class to paint",
+    )
+    _add_model_options(parser)
+    add("--num_images", type=_number(int, 1), default=4, metavar="N", help="number of results (default: 4)")
+    add(
+        "--mask_dilation",
+        type=_number(int, 0),
+        default=0,
+        metavar="CELLS",
+        help="grow the masked part by so many cells of the token grid to all sides (default: 0)",
+    )
+    add(
+        "--no_composite",
+        action="store_true",
+        help="leave everything as the tokenizer decodes it, instead of putting the original back where nothing was painted",
+    )
+    _add_sampling_options(parser, "outputs/inpainting")
+
+
+def _add_app(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "app",
+        help="sample and inpaint on a web page",
+        description="Serve a web page on which to sample classes, watch the steps, and paint on images. It needs gradio "
+        "(pip install gradio), and runs until it is stopped with Ctrl-C.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    _add_model_options(parser)
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 lets other machines in (default: 127.0.0.1)",
+    )
+    add("--port", type=_number(int, 1, 65535), help="port to listen on (default: the first free one from 7860 on)")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code is 2, after one line of explanation, for what the user can mend."""
     parser = _Parser(prog="maskgit", description="Images from masked generative transformers.", allow_abbrev=False)
-    _add_sample(parser.add_subparsers(dest="command", metavar="COMMAND", required=True))
+    commands_parser = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add_command in (_add_sample, _add_inpaint, _add_app):
+        add_command(commands_parser)
     try:
         options = vars(parser.parse_args(argv))
         from maskgit import commands
