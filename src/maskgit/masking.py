@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 
 from .models import PartitionTransformer2DModel
-from .schedulers.scheduling_maskgit_utils import MASKING_SCHEDULES, masking_ratio
+from .schedulers.scheduling_maskgit_utils import check_masking_schedule, masking_ratio
 
 
 class MaskedDataset(torch.utils.data.Dataset):
@@ -22,7 +22,7 @@ class MaskedDataset(torch.utils.data.Dataset):
     Args:
         dataset (`torch.utils.data.Dataset`): Map-style, of dicts.
         num_tokens (`int`): Tokens an image.
-        masking_schedule (`str`): One of arccos, cosine, linear, square, cubic, root, log and exp.
+        masking_schedule (`str`): One of arccos, cosine, linear, square, cubic, root, log, exp and powX.
         label_drop (`float`): Probability of dropping a class.
         seed (`int`): Of the draws.
     """
@@ -35,8 +35,7 @@ class MaskedDataset(torch.utils.data.Dataset):
         label_drop: float,
         seed: int,
     ):
-        if masking_schedule not in MASKING_SCHEDULES:
-            raise ValueError(f"masking_schedule={masking_schedule!r}: expected one of {', '.join(MASKING_SCHEDULES)}.")
+        check_masking_schedule(masking_schedule)
         self.dataset = dataset
         self.num_tokens = num_tokens
         self.masking_schedule = masking_schedule
