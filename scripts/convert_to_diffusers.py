@@ -6,11 +6,12 @@ Convert published checkpoints to a folder that `MaskGitPipeline.from_pretrained`
     python scripts/convert_to_diffusers.py halton --transformer ImageNet_384_large.pth --tokenizer vq_ds16_c2i.pt \\
         --output_dir halton-large-384
 
-With only a transformer, or only a tokenizer, the folder holds it alone, in transformer/ or vqvae/. Sizes are read from the
-tensors. Nothing is written unless every tensor is accounted for and the written folder loads as the same model.
+With only a transformer, or only a tokenizer, the folder holds it alone, in transformer/ or vqvae/; a self-guidance adapter, in
+toast/, comes with its transformer. Sizes are read from the tensors. Nothing is written unless every tensor is accounted for and the written folder loads as the same model.
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from maskgit.conversion import ConversionError, Converted
 from maskgit.conversion.cards import write_card
 from maskgit.conversion.folders import imagenet_labels, new_folder, write_models
-from maskgit.conversion.sources import SOURCES, Part, check_fit
+from maskgit.conversion.sources import SOURCES, Part, check_adapter, check_fit, check_same_transformer
 from maskgit.models.transformer_partition import QUERY_MODES
 from maskgit.options import user_errors
 from maskgit.publishing import push_folder_to_hub
@@ -79,13 +80,21 @@ def convert_source(args: argparse.Namespace, folder: Path) -> None:
     source = SOURCES[args.source]
     for name in ("tokenizer", "transformer"):
         for option in getattr(source, name).options:
-            if not getattr(args, name) and getattr(args, option) is not None:
+            given = getattr(args, name) or (name == "transformer" and getattr(args, "toast", None))
+            if not given and getattr(args, option) is not None:
                 raise ConversionError(f"--{option} is about a {name}, but none is given: add --{name} PATH.")
+    parts = {"vqvae": source.tokenizer, "transformer": source.transformer}
+    files = {"vqvae": args.tokenizer, "transformer": args.transformer}
+    toast = getattr(args, "toast", None)
+    if toast:
+        # The file holds the transformer too.
+        adapted = dataclasses.replace(source.transformer, read=source.self_guidance.read_transformer)
+        if not args.transformer:
+            parts["transformer"], files["transformer"] = adapted, toast
+        parts["toast"], files["toast"] = source.self_guidance.adapter, toast
     converted = {}
-    for name, part, file in (
-        ("vqvae", source.tokenizer, args.tokenizer),
-        ("transformer", source.transformer, args.transformer),
-    ):
+    for name, part in parts.items():
+        file = files[name]
         if not file:
             continue
         options = {option: getattr(args, option) for option in part.options}
@@ -95,17 +104,23 @@ def convert_source(args: argparse.Namespace, folder: Path) -> None:
         if "num_attention_heads" in options and options["num_attention_heads"] is None:
             print("  num_attention_heads is that of the published model of this width: tensors do not tell it")
 
-    configs = {name: converted[name].config for name in ("transformer", "vqvae") if name in converted}
+    if toast:
+        check_adapter(converted["toast"].config, converted["transformer"].config)
+    if toast and args.transformer:
+        print("comparing the transformer with that of the adapter")
+        options = {option: getattr(args, option) for option in adapted.options}
+        check_same_transformer(converted["transformer"], convert(args, adapted, toast, **options))
+    configs = {name: converted[name].config for name in ("transformer", "toast", "vqvae") if name in converted}
     pipeline_arguments = {}
-    if len(configs) == 2:
+    if {"transformer", "vqvae"} <= set(configs):
         check_fit(source, configs["transformer"], configs["vqvae"])
+        settings = source.self_guidance if toast else source
         pipeline_arguments = {
-            "scheduler": source.make_scheduler(configs["transformer"]),
+            "scheduler": settings.make_scheduler(configs["transformer"]),
             "id2label": imagenet_labels() if configs["transformer"]["num_classes"] == 1000 else None,
-            "call_defaults": source.call_defaults(configs["transformer"]),
+            "call_defaults": settings.call_defaults(configs["transformer"]),
         }
     print("writing and verifying")
-    parts = {"transformer": source.transformer, "vqvae": source.tokenizer}
     models = {name: (parts[name].model_class, converted.pop(name)) for name in configs}
     write_models(folder, models, **pipeline_arguments)
     write_card(folder, [parts[name].describe(config) for name, config in configs.items()], args.push_to_hub)
@@ -119,13 +134,15 @@ def how_to_use(folder: Path) -> str:
             '    pipe(class_labels=1).images[0].save("sample.png")\n\n'
             f"or: maskgit sample --model {folder} --classes 1"
         )
-    config = next(folder.glob("*/config.json"))
-    name = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
-    module = "diffusers" if name == "VQModel" else "maskgit"
-    return (
-        f"    from {module} import {name}\n\n"
-        f'    model = {name}.from_pretrained("{folder}", subfolder="{config.parent.name}")'
-    )
+    lines = []
+    for config in sorted(folder.glob("*/config.json")):
+        part, name = config.parent.name, json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+        module = "diffusers" if name == "VQModel" else "maskgit"
+        lines += [
+            f"    from {module} import {name}\n",
+            f'    {part} = {name}.from_pretrained("{folder}", subfolder="{part}")\n',
+        ]
+    return "\n".join(lines).rstrip()
 
 
 def main(argv: list[str] | None = None):
@@ -152,12 +169,18 @@ def main(argv: list[str] | None = None):
         command.add_argument(
             "--tokenizer", metavar="PATH", help=f"{source.tokenizer.files}; with the transformer: a whole pipeline"
         )
+        if source.self_guidance is not None:
+            command.add_argument(
+                "--toast",
+                metavar="PATH",
+                help=f"{source.self_guidance.adapter.files}; it holds the transformer too, so that --transformer is not needed",
+            )
         for option in dict.fromkeys(source.transformer.options + source.tokenizer.options):
             command.add_argument(f"--{option}", **OPTIONS[option])
 
     args = parser.parse_args(argv)
     with user_errors():
-        inputs = [file for file in (args.transformer, args.tokenizer) if file]
+        inputs = [file for file in (args.transformer, args.tokenizer, getattr(args, "toast", None)) if file]
         if not inputs:
             raise ConversionError("nothing to convert: give --transformer PATH, --tokenizer PATH or both.")
         if args.push_to_hub:

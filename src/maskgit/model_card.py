@@ -54,12 +54,13 @@ def _usage(folder: Path, model_id: str) -> str:
             defaults=", ".join(f"`{name}={value!r}`" for name, value in defaults.items()),
         )
     text = ""
-    for part in ("transformer", "vqvae", ""):
+    for part in ("transformer", "toast", "vqvae", ""):
         config = _read_config(folder, part, "config.json")
         if config:
             name, package = config["_class_name"], "diffusers" if config["_class_name"] == "VQModel" else "maskgit"
             subfolder = f', subfolder="{part}"' if part else ""
-            text += f'from {package} import {name}\n\nmodel = {name}.from_pretrained("{model_id}"{subfolder})\n'
+            variable = part or "model"
+            text += f'from {package} import {name}\n\n{variable} = {name}.from_pretrained("{model_id}"{subfolder})\n'
     return f"```python\n{text}```\n"
 
 
@@ -73,6 +74,9 @@ def _parts(folder: Path) -> str:
             f"{_grid(transformer['sample_size'])} tokens of {transformer['codebook_size']} codes; "
             f"{transformer['num_classes']} classes."
         )
+    toast = _read_config(folder, "toast", "config.json")
+    if toast:
+        rows.append(f"- Self-guidance adapter: `{toast['_class_name']}`, used where `self_guidance_scale` is above 0.")
     tokenizer = _read_config(folder, "vqvae", "config.json")
     if tokenizer:
         rows.append(f"- Tokenizer: `{tokenizer['_class_name']}`.")

@@ -84,15 +84,16 @@ def write_models(folder: Path, models: dict[str, tuple[type[ModelMixin], Convert
 
     Args:
         folder (`Path`): Where to write.
-        models (`dict`): Class and conversion of the "transformer" and the "vqvae", or of one of them. Both make a
-            pipeline, one is saved alone in its subfolder. The dict is emptied, so that the checkpoints leave memory before
-            the folder is loaded.
+        models (`dict`): Class and conversion of the "transformer" and the "vqvae", or of one of them, and perhaps of the
+            "toast". Transformer and vqvae make a pipeline; without either, each model is saved alone in its subfolder. The
+            dict is emptied, so that the checkpoints leave memory before the folder is loaded.
         pipeline_arguments: What else `MaskGitPipeline` is made of.
     """
     classes = {name: model_class for name, (model_class, _) in models.items()}
     checksums = {name: _checksums(converted.state_dict) for name, (_, converted) in models.items()}
     built = {name: _build(*models.pop(name)) for name in classes}
-    if len(classes) == 2:
+    is_pipeline = {"transformer", "vqvae"} <= set(classes)
+    if is_pipeline:
         MaskGitPipeline(**built, **pipeline_arguments).save_pretrained(folder)
     else:
         for name, model in built.items():
@@ -113,5 +114,5 @@ def write_models(folder: Path, models: dict[str, tuple[type[ModelMixin], Convert
         ]
         if problems:
             raise ConversionError(f"what was written does not load as what was converted ({'; '.join(problems[:3])}).")
-    if len(loaded) == 2:
+    if is_pipeline:
         MaskGitPipeline.from_pretrained(folder, **loaded)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from diffusers import ModelMixin, SchedulerMixin, VQModel
 
 from ..models import (
@@ -13,8 +14,9 @@ from ..models import (
     MaskGitViTTransformer2DModel,
     MaskGitVQModel,
     PartitionTransformer2DModel,
+    ToastAdapter,
 )
-from . import halton, llamagen, maskgit_google, maskgit_google_cards, maskgit_v1, pgm, taming
+from . import halton, llamagen, maskgit_google, maskgit_google_cards, maskgit_v1, pgm, taming, unlockmgm
 from .cards import Card
 from .checkpoints import ConversionError, Converted, read_weights
 from .maskgit_google_files import read_flax, read_muse_folder
@@ -45,6 +47,23 @@ class Part:
 
 
 @dataclass(frozen=True)
+class SelfGuidance:
+    """
+    The self-guidance adapters of a project, whose files hold the transformer too.
+
+    Args:
+        adapter (`Part`): Its adapters.
+        read_transformer (`Callable`): As `read` of the source's transformer, from a file of `adapter`.
+        make_scheduler, call_defaults (`Callable`): As those of the source, for a transformer with its adapter.
+    """
+
+    adapter: Part
+    read_transformer: Callable
+    make_scheduler: Callable[[Mapping], SchedulerMixin]
+    call_defaults: Callable[[Mapping], dict | None]
+
+
+@dataclass(frozen=True)
 class Source:
     """
     A published project.
@@ -57,6 +76,7 @@ class Source:
         call_defaults (`Callable`): The transformer's converted config to the pipeline's `call_defaults`, or None.
         check_fit (`Callable`, *optional*): Raises a `ConversionError` where both configs do not belong together, though the
             transformer predicts as many codes as the tokenizer has.
+        self_guidance (`SelfGuidance`, *optional*): Its self-guidance adapters.
     """
 
     summary: str
@@ -65,6 +85,7 @@ class Source:
     make_scheduler: Callable[[Mapping], SchedulerMixin]
     call_defaults: Callable[[Mapping], dict | None]
     check_fit: Callable[[Mapping, Mapping], None] | None = None
+    self_guidance: SelfGuidance | None = None
 
 
 LLAMAGEN_TOKENIZER = Part(
@@ -166,6 +187,18 @@ SOURCES = {
         ),
         make_scheduler=maskgit_google_cards.make_muse_scheduler,
         call_defaults=maskgit_google_cards.muse_call_defaults,
+        self_guidance=SelfGuidance(
+            adapter=Part(
+                files="folder of UnlockMGM_imagenet_{256,512}.zip, or its ema_model",
+                model_class=ToastAdapter,
+                convert=unlockmgm.convert_toast,
+                describe=unlockmgm.describe_toast,
+                read=unlockmgm.read_toast,
+            ),
+            read_transformer=unlockmgm.read_transformer,
+            make_scheduler=unlockmgm.make_scheduler,
+            call_defaults=unlockmgm.call_defaults,
+        ),
     ),
     "pgm": Source(
         summary="Partition Generative Modeling transformer, LlamaGen tokenizer",
@@ -182,6 +215,28 @@ SOURCES = {
         check_fit=pgm.check_fit,
     ),
 }
+
+
+def check_same_transformer(given: Converted, adapted: Converted) -> None:
+    """Raises a `ConversionError` unless an adapter's own transformer, `adapted`, is the `given` one, tensor by tensor."""
+    different = [name for name, value in given.config.items() if name != "dropout" and adapted.config[name] != value]
+    for name, tensor in given.state_dict.items():
+        if not different and not torch.equal(tensor, adapted.state_dict[name]):
+            different.append(name)
+    if different:
+        raise ConversionError(
+            f"the adapter of --toast was trained on another transformer than this --transformer, with another {different[0]}. "
+            "Leave out --transformer: the folder of --toast holds the right one."
+        )
+
+
+def check_adapter(adapter: Mapping, transformer: Mapping) -> None:
+    """Raises a `ConversionError` unless an adapter, by its config, has the sizes of the transformer."""
+    for name in ("hidden_size", "num_layers", "num_classes"):
+        if adapter[name] != transformer[name]:
+            raise ConversionError(
+                f"the adapter is of another transformer: its {name} is {adapter[name]}, the transformer's {transformer[name]}."
+            )
 
 
 def check_fit(source: Source, transformer: Mapping, tokenizer: Mapping) -> None:

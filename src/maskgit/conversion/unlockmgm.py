@@ -5,14 +5,33 @@ transformer that it was trained on in one file.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
+from ..schedulers import SelfGuidedScheduler
+from .cards import Card
 from .checkpoints import ConversionError, Converted, Rename, common_size, count_indices, rename_tensors
+from .maskgit_google import split_toast
+from .maskgit_google_files import read_muse_folder
 
 
 # What open-muse's code takes where its config.json says nothing.
 USE_BLANK_SECOND = False
+# Scale of the noise on the confidences, for the published token grids of 16 x 16 (256 px) and 32 x 32 (512 px).
+CHOICE_TEMPERATURES = {16: 25.0, 32: 45.0}
+
+
+def read_transformer(path: str | Path, trust_pickle: bool = False) -> tuple[dict[str, torch.Tensor], list[str], dict]:
+    """Reads the transformer from a folder that holds its adapter too, as `read_muse_folder` does."""
+    weights, others, config = read_muse_folder(path, trust_pickle)
+    return split_toast(weights)[0], others, config
+
+
+def read_toast(path: str | Path, trust_pickle: bool = False) -> tuple[dict[str, torch.Tensor], list[str], dict]:
+    """Reads the adapter from a folder that holds its transformer too, as `read_muse_folder` does."""
+    weights, others, config = read_muse_folder(path, trust_pickle)
+    return split_toast(weights)[1], others, config
 
 
 def convert_toast(weights: Mapping[str, torch.Tensor], config: Mapping) -> Converted:
@@ -20,10 +39,14 @@ def convert_toast(weights: Mapping[str, torch.Tensor], config: Mapping) -> Conve
     UnlockMGM's adapter as a `ToastAdapter`.
 
     Args:
-        weights (`Mapping[str, torch.Tensor]`): The adapter's tensors, without those of its transformer
-            (`maskgit_google.split_toast`).
+        weights (`Mapping[str, torch.Tensor]`): The adapter's tensors, without those of its transformer.
         config (`Mapping`): The folder's config.json, or an empty one for the published settings.
     """
+    if not weights:
+        raise ConversionError(
+            "it holds no self-guidance adapter (top_down_transform, cls_anchor_gen, decoders): as a --toast, give a folder that "
+            "the fine-tuning wrote, ema_model."
+        )
     num_layers = max(count_indices(weights, "decoders."), 1)
     hidden_size = common_size(
         weights,
@@ -61,3 +84,41 @@ def convert_toast(weights: Mapping[str, torch.Tensor], config: Mapping) -> Conve
         "use_blank_second": use_blank_second,
     }
     return Converted(converted_config, state_dict, [])
+
+
+def make_scheduler(transformer: Mapping) -> SelfGuidedScheduler:
+    """The published sampler."""
+    return SelfGuidedScheduler(
+        mask_token_id=transformer["codebook_size"],
+        choice_temperature=CHOICE_TEMPERATURES.get(transformer["sample_size"], CHOICE_TEMPERATURES[16]),
+    )
+
+
+def call_defaults(transformer: Mapping) -> dict:
+    """The published settings, alike for both image sizes."""
+    return {"num_inference_steps": 18, "self_guidance_scale": 1.0}
+
+
+CITATION = """\
+@article{shi2023toast,
+  title   = {TOAST: Transfer Learning via Attention Steering},
+  author  = {Shi, Baifeng and Gai, Siyu and Darrell, Trevor and Wang, Xin},
+  journal = {arXiv preprint arXiv:2305.15542},
+  year    = {2023}
+}
+"""
+
+
+def describe_toast(config: Mapping) -> Card:
+    """The model card's part about a converted adapter."""
+    return Card(
+        title="UnlockMGM self-guidance adapter",
+        summary="The adapter guides the transformer by itself: the difference between its plain prediction and that of a second, "
+        "smoothed pass sharpens each step of sampling. It is in the format of "
+        "[UnlockMGM](https://github.com/JiwanHur/UnlockMGM) ([paper](https://arxiv.org/abs/2410.13136)), converted for "
+        "diffusers.",
+        conversion="Adapter: its tensors were renamed, and two of them flattened; nothing else was changed. On small random "
+        "checkpoints its features, the guided logits and the sampled tokens agree with those of the published code.",
+        licence="JiwanHur/UnlockMGM, which publishes the adapter, has no licence file: ask its authors before you pass it on.",
+        citation=CITATION,
+    )
