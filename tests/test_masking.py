@@ -26,11 +26,11 @@ def test_an_image_has_the_same_mask_in_the_same_epoch_only():
 
 
 def test_unknown_schedule_is_named():
-    with pytest.raises(ValueError, match="masking_schedule='cosin'.*cosine"):
+    with pytest.raises(ValueError, match="`masking_schedule` is 'cosin'.*cosine"):
         MaskedDataset(ITEMS, 64, "cosin", label_drop=0.1, seed=0)
 
 
-@pytest.mark.parametrize("schedule", MASKING_SCHEDULES)
+@pytest.mark.parametrize("schedule", [*MASKING_SCHEDULES, "pow2.5"])
 def test_masking_ratio_falls_from_all_to_none(schedule):
     ratio = masking_ratio(torch.linspace(0, 1, 101), schedule, num_tokens=256)
     assert ratio[-1] == 0 and ratio[0] > 0.99
