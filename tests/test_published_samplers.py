@@ -1,6 +1,7 @@
 """The published samplers as configurations of our schedulers: the same counts, temperatures and tokens."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from maskgit.conversion.maskgit_google import convert_flax_transformer
 from maskgit.conversion.maskgit_google_files import read_flax
 from maskgit.conversion.maskgit_v1 import convert_v1_transformer
 from maskgit.conversion.pgm import convert_pgm_transformer
+from maskgit.presets import preset_names
 from maskgit.schedulers import (
     scheduling_confidence,
     scheduling_halton,
@@ -366,3 +368,23 @@ def test_pgm_draws_from_the_published_distributions(monkeypatch):
         expected = golden[f"out.probs_{variant}"]
         assert torch.allclose(probabilities, expected[..., : transformer.config.codebook_size], atol=2e-4)
         assert (expected[..., transformer.config.codebook_size :] == 0).all()
+
+
+def test_docs_name_what_exists():
+    """Every scheduler, preset and file that the page for newcomers from other projects tells them to use."""
+    docs = GOLDEN.parent.parent / "docs"
+    text = (docs / "coming_from.md").read_text()
+    calls = re.findall(r"`((?:Halton|Confidence|SelfGuided)Scheduler)\(([^)]*)\)`", text)
+    assert len(calls) >= 3
+    for name, arguments in calls:
+        cls = {cls.__name__: cls for cls in (HaltonScheduler, ConfidenceScheduler, SelfGuidedScheduler)}[name]
+        cls(mask_token_id=2, **eval(f"dict({arguments})"))
+    for preset in re.findall(r"(?<=--preset )[\w-]*\d[\w-]*", text):
+        assert preset in preset_names()
+    for file in re.findall(r"`(?:python )?((?:configs|scripts|training|evaluations|tests)/[\w/]+\.(?:py|yaml))", text):
+        is_theirs = file in ("training/ft_maskgit_org_toast.py",)
+        assert is_theirs or (docs.parent / file).exists(), file
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for anchor in re.findall(r"\]\(#([^)]*)\)", text):
+        assert anchor in anchors, anchor
