@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fill import state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save_file
 
 from maskgit import (
     ConfidenceScheduler,
@@ -26,6 +27,7 @@ from maskgit import (
 )
 from maskgit.conversion.maskgit_google import convert_muse_transformer, split_toast
 from maskgit.conversion.unlockmgm import convert_toast
+from maskgit.loading import load_pipeline
 from maskgit.schedulers import scheduling_maskgit_utils, scheduling_self_guided
 
 
@@ -328,6 +330,27 @@ def test_saved_with_the_pipeline_and_on_its_own(pipe, tmp_path):
     other = MaskGitPipeline.from_pipe(loaded)
     assert other.toast is loaded.toast
     assert torch.equal(tokens(other, [1, "bag"], self_guidance_scale=1.0), expected)
+
+
+def test_loading_checks_the_adapter_too(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    assert type(load_pipeline(str(tmp_path)).toast) is ToastAdapter
+    path = tmp_path / "toast" / "diffusion_pytorch_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    with pytest.raises(OSError, match=f"The file '{path}' is damaged"):
+        load_pipeline(str(tmp_path))
+    weights = load(whole)
+    weights.pop("top_down_transform")
+    save_file(weights, path)
+    with pytest.raises(OSError, match="toast' are not those of a ToastAdapter.*such as top_down_transform"):
+        load_pipeline(str(tmp_path))
+    path.unlink()
+    with pytest.raises(OSError, match="it lacks toast/.*safetensors"):
+        load_pipeline(str(tmp_path))
+    shutil.rmtree(path.parent)
+    with pytest.raises(OSError, match="it lacks toast/config.json, toast/"):
+        load_pipeline(str(tmp_path))
 
 
 def test_saved_folder_loads_without_this_package(pipe, tmp_path):

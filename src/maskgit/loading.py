@@ -57,17 +57,12 @@ def _find_folder(model: str) -> Path:
 
 def _read_weight_names(folder: Path) -> dict[str, set[str]]:
     """Names of the weights of each model in the folder. An OSError tells what the folder lacks, or its damaged file."""
-    missing = [
-        name
-        for name in (
-            "model_index.json",
-            "scheduler/scheduler_config.json",
-            "transformer/config.json",
-            "vqvae/config.json",
-        )
-        if not (folder / name).is_file()
-    ]
-    files = {name: sorted((folder / name).glob("*.safetensors")) for name in ("transformer", "vqvae")}
+    index = MaskGitPipeline.load_config(folder) if (folder / "model_index.json").is_file() else {}
+    has_toast = index.get("toast", [None])[0] is not None
+    models = ["transformer", "vqvae"] + (["toast"] if has_toast else [])
+    needed = ["model_index.json", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in models)]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    files = {name: sorted((folder / name).glob("*.safetensors")) for name in models}
     missing += [f"{name}/*.safetensors" for name, paths in files.items() if not paths]
     if missing:
         raise OSError(f"The folder '{folder}' holds no complete pipeline: it lacks {', '.join(missing)}.")
