@@ -1,11 +1,13 @@
 # Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.activations import GELU
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import get_timestep_embedding
@@ -36,9 +38,10 @@ class MaskGitTransformerOutput(BaseOutput):
 
 def _rotate(hidden_states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     """Rotary positions on heads (B, S, heads, D): the first half of the channels is paired with the second."""
-    cos, sin = rotary[..., None, :].chunk(2, dim=-1)  # (1 or B, S, 1, D / 2)
+    cos, sin = rotary[..., None, :].chunk(2, dim=-1)  # (1 or B, S, 1, D), the sine's first half negative
     first, second = hidden_states.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(hidden_states)
+    swapped = torch.cat([second, first], dim=-1)
+    return torch.addcmul(hidden_states * cos, swapped, sin).type_as(hidden_states)
 
 
 class PartitionAttnProcessor:
@@ -96,6 +99,19 @@ class PartitionAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, context, rotary, context_rotary, attention_mask)
 
 
+class PartitionGELU(GELU):
+    """
+    Linear layer and GELU by its formula with tanh. Sampling on a CPU writes it with the sigmoid instead, which takes half of the
+    time there: 0.5 x (1 + tanh(y)) = x sigmoid(2 y).
+    """
+
+    def gelu(self, gate: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or gate.dtype != torch.float32 or gate.device.type != "cpu":
+            return super().gelu(gate)
+        scale = 2 * math.sqrt(2 / math.pi)
+        return gate.square().mul_(0.044715 * scale).add_(scale).mul_(gate).sigmoid_().mul_(gate)
+
+
 class PartitionBlock(nn.Module):
     """
     Transformer block whose norms are shifted, scaled and gated by the class embedding (adaLN). Its attention is to the hidden
@@ -112,6 +128,7 @@ class PartitionBlock(nn.Module):
         self.attn = PartitionAttention(hidden_size, num_attention_heads, dropout)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-5, bias=False)
         self.ff = FeedForward(hidden_size, inner_dim=intermediate_size, activation_fn="gelu-approximate")
+        self.ff.net[0] = PartitionGELU(hidden_size, intermediate_size, approximate="tanh")
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -126,15 +143,15 @@ class PartitionBlock(nn.Module):
         """hidden_states (B, S or M, C), conditioning (B, C), context (B, S, C) for cross-attention -> as hidden_states."""
         modulation = self.adaln(conditioning)[:, None].chunk(6, dim=-1)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
-        queries = self.norm1(hidden_states) * (1 + scale_attn) + shift_attn
+        queries = torch.addcmul(shift_attn, self.norm1(hidden_states), 1 + scale_attn)
         if self.norm_context is None:
             context, context_rotary = queries, rotary
         else:
             context = self.norm_context(context)
         attention = self.attn(queries, context, rotary, context_rotary, attention_mask)
-        hidden_states = hidden_states + gate_attn * attention
-        feed_forward = self.ff(self.norm2(hidden_states) * (1 + scale_ff) + shift_ff)
-        return hidden_states + gate_ff * self.dropout(feed_forward)
+        hidden_states = torch.addcmul(hidden_states, gate_attn, attention)
+        feed_forward = self.ff(torch.addcmul(shift_ff, self.norm2(hidden_states), 1 + scale_ff))
+        return torch.addcmul(hidden_states, gate_ff, self.dropout(feed_forward))
 
 
 class PartitionGroupSwap(nn.Module):
@@ -153,14 +170,28 @@ class PartitionGroupSwap(nn.Module):
     def forward(
         self,
         query_offsets: torch.Tensor,
-        context: torch.Tensor,
         rotary: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        context: torch.Tensor,
         context_rotary: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """query_offsets (1 or B, M, C), context (B, S, C) -> (B, M, C)."""
         queries = self.norm(self.query_embed + query_offsets).expand(len(context), -1, -1)
         return self.attn(queries, context, rotary, context_rotary, attention_mask)
+
+
+class PartitionInputs(NamedTuple):
+    """Tokens to encode, positions to predict, and who sees whom: masks are bool, true where attended to, None for everyone."""
+
+    hidden_states: torch.Tensor  # (B, S, C)
+    rotary: torch.Tensor  # (1 or B, S, 2 D)
+    query_offsets: torch.Tensor  # (1 or B, M, C)
+    query_rotary: torch.Tensor  # (1 or B, M, 2 D)
+    encoder_mask: torch.Tensor | None  # (B, 1, 1 or S, S)
+    cross_mask: torch.Tensor | None  # (B, 1, 1 or M, S)
+    decoder_mask: torch.Tensor  # (B, 1, 1 or M, M), for self-attention
+    visible: torch.Tensor | None  # (B, S): what queries see, or with two groups those of group 0
+    query_groups: torch.Tensor | None = None  # (B, M, 1): with two groups, true for queries of group 1
 
 
 class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -305,7 +336,8 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
             frequencies = torch.tensor(config.rotary_frequencies)
         angles = places[:, None] * frequencies
         # Not in the state dict, since they follow from the config. In float32 until the model is cast as a whole.
-        self.register_buffer("rotary", torch.cat([angles.cos(), angles.sin()], dim=-1), persistent=False)
+        cos, sin = angles.cos(), angles.sin()
+        self.register_buffer("rotary", torch.cat([cos, cos, -sin, sin], dim=-1), persistent=False)
         sinusoids = get_timestep_embedding(places, config.hidden_size, flip_sin_to_cos=True, downscale_freq_shift=0)
         if config.query_mode == "learn":
             sinusoids = torch.zeros_like(sinusoids)
@@ -321,6 +353,27 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         pooled = context.masked_fill(~visible, -torch.inf).logsumexp(1, keepdim=True)
         return torch.where(visible.any(1, keepdim=True), pooled, 0.0)
 
+    def _two_groups(self, input_ids: torch.Tensor, group_ids: torch.Tensor) -> PartitionInputs:
+        """All tokens `input_ids` (B, N), each of which is predicted from those of the other group."""
+        num_registers = self.config.num_register_tokens
+        prefix = self.prefix_embed.weight.expand(len(input_ids), -1, -1)
+        prefix_groups = torch.arange(num_registers + 1, device=input_ids.device) < num_registers // 2
+        groups = torch.cat([prefix_groups.expand(len(input_ids), -1), group_ids.flatten(1).bool()], dim=1)  # (B, S)
+        same_group = groups[:, None, :, None] == groups[:, None, None, :]  # (B, 1, S, S)
+        # What registers and BOS would predict is not wanted, so only blocks in which others attend to them need it.
+        first = 0 if self.config.self_attention_layers else num_registers + 1
+        return PartitionInputs(
+            hidden_states=torch.cat([prefix, self.token_embed(input_ids)], dim=1),
+            rotary=self.rotary[None],
+            query_offsets=self.query_sinusoids[None, first:],
+            query_rotary=self.rotary[None, first:],
+            encoder_mask=same_group,
+            cross_mask=~same_group[:, :, first:],
+            decoder_mask=same_group,
+            visible=groups,
+            query_groups=groups[:, first:, None],
+        )
+
     def _known_positions(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Positions of the known tokens of `input_ids` (B, N), ascending, as many for each image as the one with most has: (B, L);
@@ -333,6 +386,39 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
             shortest, longest = torch.stack(lengths.aminmax()).tolist()
         positions = known.int().argsort(dim=-1, descending=True, stable=True)[:, :longest]
         return positions, None if shortest == longest else lengths
+
+    def _known_tokens(
+        self, input_ids: torch.Tensor, positions: torch.Tensor | None, known_positions: torch.Tensor | None
+    ) -> PartitionInputs:
+        """The known tokens of `input_ids` (B, N) alone, from which those at `positions` (B, M) are predicted."""
+        config = self.config
+        lengths = None
+        if known_positions is None:
+            known_positions, lengths = self._known_positions(input_ids)
+        tokens = input_ids.gather(1, known_positions)  # (B, L)
+        # Known tokens are group 0, behind the registers of this group and BOS.
+        num_prefix = config.num_register_tokens + 1
+        num_before = config.num_register_tokens // 2 + 1
+        visible = None  # (B, S)
+        if lengths is not None or config.published_lengths:
+            lengths = tokens.new_full((len(tokens),), tokens.shape[1]) if lengths is None else lengths
+            lengths = lengths + (1 if config.published_lengths else num_before)
+            visible = torch.arange(num_before + tokens.shape[1], device=tokens.device) < lengths[:, None]
+            tokens = tokens.clamp(max=config.codebook_size - 1)  # any token may stand where none is seen
+        prefix = self.prefix_embed.weight[-num_before:].expand(len(tokens), -1, -1)
+        prefix_rotary = self.rotary[num_prefix - num_before : num_prefix].expand(len(tokens), -1, -1)
+        image_rotary, image_sinusoids = self.rotary[num_prefix:], self.query_sinusoids[num_prefix:]
+        asked = input_ids if positions is None else input_ids.gather(1, positions)
+        return PartitionInputs(
+            hidden_states=torch.cat([prefix, self.token_embed(tokens)], dim=1),
+            rotary=torch.cat([prefix_rotary, F.embedding(known_positions, image_rotary)], dim=1),
+            query_offsets=image_sinusoids[None] if positions is None else F.embedding(positions, image_sinusoids),
+            query_rotary=image_rotary[None] if positions is None else F.embedding(positions, image_rotary),
+            encoder_mask=None if visible is None else visible[:, None, None],
+            cross_mask=None if visible is None else visible[:, None, None],
+            decoder_mask=(asked == config.codebook_size)[:, None, None],
+            visible=visible,
+        )
 
     def forward(
         self,
@@ -370,8 +456,7 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         """
         config = self.config
         input_ids = input_ids.flatten(1)
-        num_prefix = config.num_register_tokens + 1
-        num_tokens = len(self.rotary) - num_prefix
+        num_tokens = len(self.rotary) - config.num_register_tokens - 1
         if input_ids.shape[1] != num_tokens:
             raise ValueError(
                 f"`input_ids` has {input_ids.shape[1]} tokens an image, but this transformer has positions for {num_tokens} "
@@ -384,62 +469,26 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
                 raise ValueError("This transformer was trained without a 'no class' label: give `class_labels`.")
             class_labels = input_ids.new_full((len(input_ids),), config.num_classes)
 
-        conditioning = self.class_embed(class_labels)  # (B, C)
-        prefix = self.prefix_embed.weight.expand(len(input_ids), -1, -1)
-        if group_ids is not None:
-            groups = group_ids.flatten(1).bool()
-            prefix_groups = torch.arange(num_prefix, device=groups.device) < num_prefix // 2
-            groups = torch.cat([prefix_groups.expand(len(groups), -1), groups], dim=1)  # (B, S)
-            same_group = groups[:, None, :, None] == groups[:, None, None, :]  # (B, 1, S, S)
-            # What registers and BOS would predict is not wanted, so only blocks that other queries attend to need it.
-            first = 0 if config.self_attention_layers else num_prefix
-            hidden_states = torch.cat([prefix, self.token_embed(input_ids)], dim=1)  # (B, S, C)
-            rotary, query_rotary = self.rotary[None], self.rotary[None, first:]
-            query_offsets = self.query_sinusoids[None, first:]
-            encoder_mask, decoder_mask, cross_mask = same_group, same_group, ~same_group[:, :, first:]
+        if group_ids is None:
+            inputs = self._known_tokens(input_ids, positions, known_positions)
         else:
-            lengths = None
-            if known_positions is None:
-                known_positions, lengths = self._known_positions(input_ids)
-            # Of the registers, only those of the known tokens' group, 0.
-            num_before = num_prefix - num_prefix // 2
-            tokens = input_ids.gather(1, known_positions)
-            visible = None  # (B, S)
-            if lengths is not None or config.published_lengths:
-                lengths = tokens.new_full((len(tokens),), tokens.shape[1]) if lengths is None else lengths
-                lengths = lengths + (1 if config.published_lengths else num_before)
-                visible = torch.arange(num_before + tokens.shape[1], device=tokens.device) < lengths[:, None]
-                tokens = tokens.clamp(max=config.codebook_size - 1)  # any token may stand where none is seen
-            hidden_states = torch.cat([prefix[:, -num_before:], self.token_embed(tokens)], dim=1)  # (B, S, C)
-            rotary_before, rotary_image = self.rotary[num_prefix - num_before : num_prefix], self.rotary[num_prefix:]
-            rotary = torch.cat(
-                [rotary_before.expand(len(tokens), -1, -1), F.embedding(known_positions, rotary_image)], dim=1
-            )
-            query_rotary, query_offsets = rotary_image[None], self.query_sinusoids[None, num_prefix:]
-            decoder_mask = None
-            if positions is not None:
-                query_rotary = F.embedding(positions, query_rotary[0])
-                query_offsets = F.embedding(positions, query_offsets[0])
-            if config.self_attention_layers:
-                asked = input_ids if positions is None else input_ids.gather(1, positions)
-                decoder_mask = (asked == config.codebook_size)[:, None, None]
-            encoder_mask = cross_mask = None if visible is None else visible[:, None, None]
-
+            inputs = self._two_groups(input_ids, group_ids)
+        conditioning = self.class_embed(class_labels)  # (B, C)
+        context = inputs.hidden_states  # (B, S, C)
         for block in self.transformer_blocks:
-            hidden_states = self._run(block, hidden_states, conditioning, rotary, encoder_mask)
-        context = hidden_states
+            context = self._run(block, context, conditioning, inputs.rotary, inputs.encoder_mask)
+
+        offsets = inputs.query_offsets
         if config.query_mode.endswith(("mean", "logsumexp")):
-            if group_ids is None:
-                pooled = self._pool(context, visible)
-            else:
-                pooled = torch.where(
-                    groups[:, first:, None], self._pool(context, ~groups), self._pool(context, groups)
-                )
-            query_offsets = query_offsets + pooled
-        hidden_states = self._run(self.group_swap, query_offsets, context, query_rotary, rotary, cross_mask)
+            pooled = self._pool(context, inputs.visible)
+            if inputs.query_groups is not None:
+                pooled = torch.where(inputs.query_groups, self._pool(context, ~inputs.visible), pooled)
+            offsets = offsets + pooled
+        across = (inputs.cross_mask, context, inputs.rotary)
+        hidden_states = self._run(self.group_swap, offsets, inputs.query_rotary, *across)  # (B, M, C)
         for block in self.decoder_blocks:
-            arguments = (decoder_mask,) if block.norm_context is None else (cross_mask, context, rotary)
-            hidden_states = self._run(block, hidden_states, conditioning, query_rotary, *arguments)
+            seen = (inputs.decoder_mask,) if block.norm_context is None else across
+            hidden_states = self._run(block, hidden_states, conditioning, inputs.query_rotary, *seen)
         if group_ids is not None:
             hidden_states = hidden_states[:, -num_tokens:]
 
