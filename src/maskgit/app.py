@@ -57,9 +57,16 @@ class Painter:
         self.schedulers[self.own_scheduler] = pipe.scheduler
 
     def sample(
-        self, label: int, scheduler: str, *settings: float
+        self,
+        label: int,
+        scheduler: str,
+        num_steps: float,
+        guidance_scale: float,
+        self_guidance_scale: float,
+        num_images: float,
+        seed: float,
     ) -> tuple[list[Image.Image], list[tuple[Image.Image, str]]]:
-        """Images of a class, and the first of them after each step."""
+        """Images of a class, and the first of them before the first step and after each."""
         self.pipe.scheduler = self.schedulers[scheduler]
         mask_token_id = self.pipe.scheduler.config.mask_token_id
         steps = []
@@ -70,12 +77,14 @@ class Painter:
 
         with _errors_on_the_page():
             tokens = self.pipe(
-                label, **self._arguments(*settings), output_type="latent", callback_on_step_end=keep_tokens
+                label,
+                **self._arguments(num_steps, guidance_scale, self_guidance_scale, num_images, seed),
+                output_type="latent",
+                callback_on_step_end=keep_tokens,
             ).images
         frames = draw_steps(self.pipe, torch.stack([torch.full_like(steps[0], mask_token_id), *steps]))
-        return [enlarge(image) for image in decode(self.pipe, tokens)], [
-            (frame, f"{i}") for i, frame in enumerate(frames)
-        ]
+        images = [enlarge(image) for image in decode(self.pipe, tokens)]
+        return images, [(frame, f"{i}") for i, frame in enumerate(frames)]
 
     def inpaint(
         self,
@@ -84,12 +93,19 @@ class Painter:
         composite: bool,
         label: int,
         scheduler: str,
-        *settings: float,
+        num_steps: float,
+        guidance_scale: float,
+        self_guidance_scale: float,
+        num_images: float,
+        seed: float,
     ) -> list[Image.Image]:
         """The drawn part of an image painted anew as a class."""
         with _errors_on_the_page():
             if drawing["background"] is None:
                 raise ValueError("There is no image to paint on: upload one, or click one that you sampled.")
+            mask = drawn_mask(drawing)
+            if mask.getbbox() is None:
+                raise ValueError("Nothing is drawn: draw over what is to be painted.")
             pipe = MaskGitInpaintPipeline(
                 **self.pipe.components | {"scheduler": self.schedulers[scheduler]},
                 id2label=self.pipe.config.id2label,
@@ -98,9 +114,9 @@ class Painter:
             pipe.set_progress_bar_config(disable=True)
             images = pipe(
                 drawing["background"],
-                drawn_mask(drawing),
+                mask,
                 label,
-                **self._arguments(*settings),
+                **self._arguments(num_steps, guidance_scale, self_guidance_scale, num_images, seed),
                 mask_dilation=int(mask_dilation),
                 composite=composite,
             ).images

@@ -356,4 +356,11 @@ def app(model: str, dtype: str, device: str | None, host: str, port: int | None)
         raise ValueError("The web page needs gradio, which is not installed: pip install gradio") from None
     from .app import build_page
 
-    build_page(load_pipeline(model, None, dtype, device), model).launch(server_name=host, server_port=port)
+    page = build_page(load_pipeline(model, None, dtype, device), model)
+    try:
+        page.launch(server_name=host, server_port=port)
+    except OSError:
+        ports = "a port from 7860 on" if port is None else f"port {port}"
+        raise OSError(
+            f"Cannot listen on {ports} of {host}: it is in use, or not this machine's. Try another --port."
+        ) from None
