@@ -518,6 +518,18 @@ def test_flax_reader(tmp_path, files):
     assert weights["a/kernel"].dtype == torch.bfloat16 and weights["a/kernel"].shape == (2, 3)
 
 
+def test_googles_tokenizer_serves_open_muses_transformers(files, tmp_path):
+    # None is published in open-muse's format for 512 px.
+    file = files["maskgit-jax", "tokenizer"]
+    assert not file.suffix
+    assert convert("unlockmgm", "--tokenizer", file, "--output_dir", tmp_path / "muse") == 0
+    assert convert("maskgit-jax", "--tokenizer", file, "--output_dir", tmp_path / "google") == 0
+    parts = [MaskGitVQModel.from_pretrained(tmp_path / name, subfolder="vqvae") for name in ("muse", "google")]
+    assert parts[0].config == parts[1].config | {"_name_or_path": parts[0].config["_name_or_path"]}
+    for name, tensor in parts[0].state_dict().items():
+        assert torch.equal(tensor, parts[1].state_dict()[name])
+
+
 @pytest.mark.parametrize("kind", ["transformer", "tokenizer"])
 def test_files_that_are_no_flax_checkpoints(kind, files, tmp_path, capsys, monkeypatch):
     good = files["maskgit-jax", kind].read_bytes()

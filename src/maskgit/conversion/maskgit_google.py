@@ -528,5 +528,9 @@ def convert_torch_tokenizer(weights: Mapping[str, torch.Tensor]) -> Converted:
 
 
 def convert_muse_tokenizer(weights: Mapping[str, torch.Tensor], config: Mapping) -> Converted:
-    """open-muse's `MaskGitVQGAN` as a `MaskGitVQModel`. Its tensors tell all that `config`, its config.json, says."""
-    return _convert_tokenizer(weights, _muse_tokenizer(weights), norm_eps=1e-6)
+    """
+    A tokenizer of open-muse's models as a `MaskGitVQModel`: a `MaskGitVQGAN`, whose tensors tell all that `config`, its
+    config.json, says, or Google's own.
+    """
+    names = _flax_tokenizer(weights) if any("/" in name for name in weights) else _muse_tokenizer(weights)
+    return _convert_tokenizer(weights, names, norm_eps=1e-6)

@@ -19,7 +19,7 @@ from ..models import (
 from . import halton, llamagen, maskgit_google, maskgit_google_cards, maskgit_v1, pgm, taming, unlockmgm
 from .cards import Card
 from .checkpoints import ConversionError, Converted, read_weights
-from .maskgit_google_files import read_flax, read_muse_folder
+from .maskgit_google_files import read_flax, read_muse_folder, read_muse_tokenizer
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,12 @@ SOURCES = {
             options=("sample_size",),
         ),
         tokenizer=Part(
-            files="folder of openMUSE/maskgit-vqgan-imagenet-f16-256, or maskgit-vqgan-imagenet-f16-256.bin",
+            files="folder of openMUSE/maskgit-vqgan-imagenet-f16-256, maskgit-vqgan-imagenet-f16-256.bin, or Google's "
+            "tokenizer_imagenet512_checkpoint",
             model_class=MaskGitVQModel,
             convert=maskgit_google.convert_muse_tokenizer,
             describe=partial(maskgit_google_cards.describe_tokenizer, "unlockmgm"),
-            read=read_muse_folder,
+            read=read_muse_tokenizer,
         ),
         make_scheduler=maskgit_google_cards.make_muse_scheduler,
         call_defaults=maskgit_google_cards.muse_call_defaults,
