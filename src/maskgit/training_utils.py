@@ -77,19 +77,19 @@ def load_data(
     """
     if (Path(data) / TOKEN_DATASET_INFO).is_file():
         sets = [TokenDataset(data, split) for split in splits]
-        name = "the given one" if isinstance(tokenizer, ModelMixin) else tokenizer or sets[0].tokenizer
-        tokenizer = tokenizer if isinstance(tokenizer, ModelMixin) else load_tokenizer(name)
+        name, remedy = "the model", "encode the images with its tokenizer."
+        if not isinstance(tokenizer, ModelMixin):
+            name = tokenizer or sets[0].tokenizer
+            remedy = "give the tokenizer that they were made with, or encode the images again."
+            tokenizer = load_tokenizer(name)
         names, grid = sets[0].label_names, sets[0].grid_size
         if tokenizer.config.num_vq_embeddings != sets[0].codebook_size:
             raise ValueError(
-                f"{data} was made with {sets[0].codebook_size} codes, but the tokenizer has {tokenizer.config.num_vq_embeddings}: "
-                "give the tokenizer that it was made with."
+                f"the tokens in {data} are of {sets[0].codebook_size} codes, but the tokenizer of {name} has "
+                f"{tokenizer.config.num_vq_embeddings}: {remedy}"
             )
         if tokenizer_checksum(tokenizer) != sets[0].tokenizer_checksum:
-            raise ValueError(
-                f"the tokens in {data} were made with other weights than those of {name}: give the tokenizer that they were made "
-                "with, or encode the images again."
-            )
+            raise ValueError(f"the tokens in {data} were made with other weights than those of {name}: {remedy}")
         return tokenizer, sets, names, grid
 
     if tokenizer is None or image_size is None:
