@@ -226,16 +226,14 @@ def check_fit(transformer: Mapping, tokenizer: Mapping) -> None:
 
 
 def make_scheduler(transformer: Mapping) -> ConfidenceScheduler:
-    """
-    The published sampler. It differs for partly known images only: there its schedule goes on as if nothing were known
-    (`schedule_all_tokens`), which leaves nothing to the last steps.
-    """
+    """The published sampler, whose schedule goes on as if nothing were known for partly known images too."""
     published = published_result(transformer)
     return ConfidenceScheduler(
         mask_token_id=transformer["codebook_size"],
         masking_schedule="arccos",
         choice_temperature=4.5 if published is None else published.choice_temperature,
         progress="elapsed_increments",
+        schedule_all_tokens=True,
         mask_logit_counts=True,
     )
 
