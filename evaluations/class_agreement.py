@@ -3,7 +3,9 @@
 Does a generated image show the class that was asked for? A small classifier, trained on real images, is the judge.
 
     python evaluations/class_agreement.py --data data/fashion_mnist --model builtin --guidance_scale 1 2 3 --output_dir outputs/agreement
+    python evaluations/class_agreement.py --data data/fashion_mnist --model builtin --generated outputs/sweep/*/ --output_dir outputs/agreement
 
+The first makes images, the second judges those that evaluations/generate.py or sweep.py made.
 It states the classifier's accuracy on real test images, the share of generated images that it gives the requested class,
 and the same on tokenizer reconstructions of the test images, with their PSNR (mean over images, of bytes). Meant for small images: the classifier reads them at the size that the model makes.
 """
@@ -13,14 +15,16 @@ import json
 import time
 from pathlib import Path
 
+import generate
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import set_seed
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
 from maskgit.data import ImageDataset, load_image_dataset
-from maskgit.images import make_grid
+from maskgit.images import image_to_tensor, make_grid
 from maskgit.loading import load_pipeline
 from maskgit.options import user_errors
 from maskgit.tokenization import decode_tokens, encode_images, psnr
@@ -76,6 +80,25 @@ def train_classifier(
     classifier.eval()
 
 
+def load_generated(folder: str, num_classes: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of generate.py, float (N, 3, size, size) in [-1, 1], and the classes that they were asked for, long (N,)."""
+    path = Path(folder) / "settings.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} was not written by evaluations/generate.py: it has no settings.json.")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings["num_classes"] != num_classes:
+        raise ValueError(
+            f"{folder} has images of {settings['num_classes']} classes, but the model knows {num_classes}."
+        )
+    indices = sorted(generate.image_indices(Path(folder)))
+    images = []
+    for index in indices:
+        with Image.open(generate.image_path(Path(folder), index)) as image:
+            images.append(image_to_tensor(image, size))
+    labels = [generate.label_of(index, settings["labels"], num_classes, settings["seed"]) for index in indices]
+    return torch.stack(images), torch.tensor(labels)
+
+
 @torch.no_grad()
 def classify(classifier: nn.Module, images: torch.Tensor, device: str) -> torch.Tensor:
     return torch.cat([classifier(batch.to(device)).argmax(-1).cpu() for batch in images.split(500)])
@@ -92,6 +115,12 @@ def main():
     )
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="one row each")
     parser.add_argument("--num_inference_steps", type=int, default=16)
+    parser.add_argument(
+        "--generated",
+        nargs="+",
+        metavar="DIR",
+        help="judge the images in these folders of evaluations/generate.py, instead of making some; one row each",
+    )
     parser.add_argument("--epochs", type=int, default=6, help="passes of the classifier over the training images")
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -122,6 +151,7 @@ def main():
             raise ValueError(
                 f"{args.data} has the classes {', '.join(names)}, but the model {', '.join(pipe.id2label.values())}."
             )
+        generated = {Path(folder).name: load_generated(folder, num_classes, size) for folder in args.generated or []}
         output_dir.mkdir(parents=True, exist_ok=True)
         set_seed(args.seed)
         classifier = make_classifier(num_classes).to(args.device).eval()
@@ -151,15 +181,18 @@ def main():
     result = {
         "model": args.model,
         "data": args.data,
-        "num_images": args.num_images,
-        "num_inference_steps": args.num_inference_steps,
-        "scheduler": type(pipe.scheduler).__name__,
         "classifier_accuracy_on_real_images": share_correct(test_images, test_labels),
         "classifier_accuracy_on_reconstructions": share_correct(decoded, test_labels),
         "tokenizer_psnr": psnr(test_images, decoded).mean().item(),
         "tokenizer_codebook_usage": tokens.unique().numel() / pipe.transformer.config.codebook_size,
         "agreement": {},
     }
+    if not generated:
+        result |= {
+            "num_images": args.num_images,
+            "num_inference_steps": args.num_inference_steps,
+            "scheduler": type(pipe.scheduler).__name__,
+        }
     print(f"classifier on {len(test_images)} real test images: {result['classifier_accuracy_on_real_images']:.1%}")
     print(f"classifier on their reconstructions: {result['classifier_accuracy_on_reconstructions']:.1%}")
 
@@ -167,9 +200,18 @@ def main():
         f"tokenizer: PSNR {result['tokenizer_psnr']:.2f} dB, uses {result['tokenizer_codebook_usage']:.1%} of its codes"
     )
 
+    def add_result(name, images, labels, **more):
+        right = (classify(classifier, images, args.device) == labels).float()
+        of_class = {names[i]: right[labels == i].mean().item() for i in range(num_classes)}
+        result["agreement"][name] = {"all": right.mean().item(), **of_class, **more}
+        print(f"{name}: {right.mean():.1%}  " + "  ".join(f"{n} {v:.0%}" for n, v in of_class.items()))
+
+    for name, (images, labels) in generated.items():
+        add_result(name, images, labels)
+
     pipe.set_progress_bar_config(disable=True)
     labels = torch.arange(num_classes).repeat_interleave(args.num_images // num_classes)
-    for guidance_scale in args.guidance_scale:
+    for guidance_scale in [] if generated else args.guidance_scale:
         batches, start = [], time.perf_counter()
         for first in tqdm(range(0, args.num_images, args.batch_size), desc=f"sampling at guidance {guidance_scale}"):
             rows = labels[first : first + args.batch_size]
@@ -185,16 +227,8 @@ def main():
         shown = [i for i in range(args.num_images) if i % (args.num_images // num_classes) < 10]
         pictures = pipe.image_processor.postprocess(torch.cat(batches)[shown], output_type="pil")
         make_grid(pictures, columns=len(shown) // num_classes).save(output_dir / f"grid_guidance_{guidance_scale}.png")
-        right = (classify(classifier, torch.cat(batches), args.device) == labels).float()
-        of_class = {name: right[labels == i].mean().item() for i, name in enumerate(names)}
-        result["agreement"][str(guidance_scale)] = {
-            "all": right.mean().item(),
-            **of_class,
-            "images_per_second": args.num_images / (time.perf_counter() - start),
-        }
-        print(
-            f"guidance {guidance_scale}: {right.mean():.1%}  " + "  ".join(f"{n} {v:.0%}" for n, v in of_class.items())
-        )
+        speed = args.num_images / (time.perf_counter() - start)
+        add_result(str(guidance_scale), torch.cat(batches), labels, images_per_second=speed)
     path = output_dir / "result.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"Wrote {path}")

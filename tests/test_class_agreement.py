@@ -54,3 +54,23 @@ def test_other_classes_are_refused(tmp_path, data, tiny_pipeline_dir, monkeypatc
         run(monkeypatch, "--data", tmp_path / "other", "--model", tiny_pipeline_dir, "--output_dir", tmp_path / "out")
     assert error.value.code == 2 and "but the model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_generated_folders_are_judged(tmp_path, data, tiny_pipeline_dir, monkeypatch, capsys):
+    """Images of the colours that the classifier learns: those asked for in one folder, others in the other."""
+    for name, shift in (("right", 0), ("wrong", 1)):
+        (tmp_path / name / "images").mkdir(parents=True)
+        settings = {"num_classes": 10, "labels": "balanced", "seed": 0}
+        (tmp_path / name / "settings.json").write_text(json.dumps(settings))
+        for i in range(20):
+            colour = 25 * ((i + shift) % 10)
+            Image.new("RGB", (16, 16), (colour,) * 3).save(tmp_path / name / "images" / f"{i:06d}.png")
+    arguments = ["--data", data, "--model", tiny_pipeline_dir, "--epochs", 30, "--output_dir", tmp_path / "out"]
+    run(monkeypatch, *arguments, "--generated", tmp_path / "right", tmp_path / "wrong")
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    agreement = {name: values["all"] for name, values in result["agreement"].items()}
+    assert agreement["right"] == result["classifier_accuracy_on_real_images"]
+    assert agreement["wrong"] < agreement["right"]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *arguments, "--overwrite", "--generated", data)
+    assert "was not written by evaluations/generate.py" in capsys.readouterr().err
