@@ -21,6 +21,8 @@ builtin: .venv/installed-dev
 		--data data/fashion_mnist --split $$split --image_size 32 --output_dir data/fashion_mnist_tokens || exit 1; done
 	DIFFUSERS_ATTN_BACKEND=_native_math .venv/bin/python training/train_maskgit.py --config configs/maskgit_fashion_mnist.yaml
 	.venv/bin/python scripts/ship_builtin_model.py outputs/maskgit_fashion_mnist/pipeline fashion-mnist --overwrite
+	DIFFUSERS_ATTN_BACKEND=_native_math .venv/bin/python training/train_toast.py --config configs/toast_fashion_mnist.yaml
+	.venv/bin/python scripts/ship_builtin_model.py outputs/toast_fashion_mnist/pipeline fashion-mnist --toast_only
 
 # Format the code and mend what can be mended.
 style: .venv/installed-dev

@@ -1,13 +1,17 @@
 # Copyright 2026 The maskgit authors. Licensed under the Apache License, Version 2.0.
 """
-Put a trained pipeline into the package as a built-in model, in float16.
+Put a trained pipeline into the package as a built-in model, in float16; or add a self-guidance adapter to one that is there.
 
     python scripts/ship_builtin_model.py outputs/maskgit_fashion_mnist/pipeline fashion-mnist
+    python scripts/ship_builtin_model.py outputs/toast_fashion_mnist/pipeline fashion-mnist --toast_only
 """
 
 import argparse
 import shutil
 
+import torch
+
+from maskgit import MaskGitPipeline
 from maskgit.loading import BUILTIN_MODELS, load_pipeline
 from maskgit.options import user_errors
 
@@ -15,18 +19,36 @@ from maskgit.options import user_errors
 MAX_MEGABYTES = 15  # of all built-in models together: they travel with every clone
 
 
+def with_adapter_of(pipe: MaskGitPipeline, trained: MaskGitPipeline) -> MaskGitPipeline:
+    """The built-in model `pipe` with the adapter of `trained`, and nothing else of it."""
+    if trained.toast is None:
+        raise ValueError("the pipeline has no toast adapter: train one with training/train_toast.py.")
+    weights, expected = trained.transformer.state_dict(), pipe.transformer.state_dict()
+    if weights.keys() != expected.keys() or not all(torch.equal(weights[name], expected[name]) for name in weights):
+        raise ValueError("the adapter was trained on another transformer than the built-in one.")
+    pipe.register_modules(toast=trained.toast)
+    return pipe
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", help="folder of the pipeline")
     parser.add_argument("name", help="what `--model builtin-NAME` will call it")
     parser.add_argument("--overwrite", action="store_true", help="replace the built-in model of this name")
+    parser.add_argument(
+        "--toast_only",
+        action="store_true",
+        help="add only the pipeline's self-guidance adapter to the built-in model of this name, which stays as it is",
+    )
     args = parser.parse_args()
 
     target = BUILTIN_MODELS / args.name
     with user_errors():
-        if target.exists() and not args.overwrite:
+        if target.exists() and not args.overwrite and not args.toast_only:
             raise ValueError(f"there is a built-in model {args.name!r}: add --overwrite to replace it.")
         pipe = load_pipeline(args.pipeline, dtype="float16", device="cpu")
+        if args.toast_only:
+            pipe = with_adapter_of(load_pipeline(f"builtin-{args.name}", dtype="float16", device="cpu"), pipe)
     shutil.rmtree(target, ignore_errors=True)
     pipe.save_pretrained(target)
     # Inside the package its own classes are used: copies of their sources would only grow old.
