@@ -176,7 +176,8 @@ class PartitionGroupSwap(nn.Module):
         context_rotary: torch.Tensor,
     ) -> torch.Tensor:
         """query_offsets (1 or B, M, C), context (B, S, C) -> (B, M, C)."""
-        queries = self.norm(self.query_embed + query_offsets).expand(len(context), -1, -1)
+        queries = (self.query_embed + query_offsets).to(self.query_embed.dtype)  # the sinusoids may be float32
+        queries = self.norm(queries).expand(len(context), -1, -1)
         return self.attn(queries, context, rotary, context_rotary, attention_mask)
 
 
@@ -335,7 +336,7 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         else:
             frequencies = torch.tensor(config.rotary_frequencies)
         angles = places[:, None] * frequencies
-        # Not in the state dict, since they follow from the config. In float32 until the model is cast as a whole.
+        # Not in the state dict, since they follow from the config: loaded in half precision, they stay float32.
         cos, sin = angles.cos(), angles.sin()
         self.register_buffer("rotary", torch.cat([cos, cos, -sin, sin], dim=-1), persistent=False)
         sinusoids = get_timestep_embedding(places, config.hidden_size, flip_sin_to_cos=True, downscale_freq_shift=0)
