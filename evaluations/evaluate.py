@@ -327,7 +327,8 @@ def measure(
             )
             one.features = outputs[extractor.layer]
             logits = outputs.get(LOGITS) if one.name == "generated" else logits
-        if one.statistics is None and one.features is not None:
+        is_needed = "fid" in metrics or args.save_statistics is not None
+        if is_needed and one.statistics is None and one.features is not None:
             one.statistics = Statistics.of(one.features)
 
     values = {}
@@ -369,12 +370,24 @@ def state(args: argparse.Namespace, sets: dict[str, ImageSet]) -> str:
     for one in sets.values():
         count = "unknown number of" if one.num_images is None else f"{one.num_images:,}"
         size = "" if one.size is None else f" of {one.size[0]}x{one.size[1]} pixels"
-        split = f", split {one.facts['split']}" if "split" in one.facts else ""
+        origin = one.facts.get("statistics", one.facts)
+        split = f", split {origin['split']}" if "split" in origin else ""
         statistics = (
             "; FID by the statistics in the file" if one.images is not None and one.statistics is not None else ""
         )
-        words.append(f"{count} {one.name} images{size} ({one.source}{split}{statistics})")
+        words.append(f"{count} {one.name} images{size} ({origin['source']}{split}{statistics})")
     return f"{' against '.join(words)}; features of {args.feature_extractor}, resizing: {RESIZINGS[args.resizing]}"
+
+
+def find_device(device: str | None) -> str:
+    """The device asked for, by default the GPU if there is one."""
+    if device is None:
+        return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {device}: torch finds no such device.") from None
+    return device
 
 
 def check_options(args: argparse.Namespace) -> list[str]:
@@ -393,12 +406,7 @@ def check_options(args: argparse.Namespace) -> list[str]:
         raise ValueError("Give --generated, or --save_statistics for the reference alone.")
     if args.reference is None and (args.save_statistics is not None or metrics != ["isc"]):
         raise ValueError("Give --reference: only the Inception score alone (--metrics isc) does without it.")
-    if args.device is None:
-        args.device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {args.device}: torch finds no such device.") from None
+    args.device = find_device(args.device)
     if args.feature_extractor_weights is None and args.feature_extractor == INCEPTION:
         args.feature_extractor_weights = os.environ.get(WEIGHTS_VARIABLE)
     return [] if args.generated is None else metrics

@@ -100,7 +100,8 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[MaskGitPipelin
     if args.preset is not None and args.scheduler is not None:
         raise ValueError("--preset and --scheduler exclude each other: a preset says which scheduler it is.")
     preset = None if args.preset is None else load_preset(args.preset)
-    pipe = load_pipeline(args.model, args.scheduler, args.dtype, str(device))
+    device = "cpu" if device.type == "cpu" else str(device)  # accelerate numbers CPUs too
+    pipe = load_pipeline(args.model, args.scheduler, args.dtype, device)
     if pipe.vqvae is None:
         raise ValueError(f"{args.model} has no tokenizer to make images with.")
     call = CALL_DEFAULTS | (pipe.config.call_defaults or {}) if preset is None else apply_preset(pipe, preset)
@@ -118,10 +119,10 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[MaskGitPipelin
                 f"--scheduler_config {text!r}: its value is no YAML, such as 1.0, true or [1, 2]."
             ) from None
     if fields:
-        known = [name for name in pipe.scheduler.config if not name.startswith("_") and name != "mask_token_id"]
-        check_keys(fields, known, f"field of {type(pipe.scheduler).__name__},")
+        config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+        check_keys(fields, config.keys() - {"mask_token_id"}, f"field of {type(pipe.scheduler).__name__},")
         try:
-            pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, **fields})
+            pipe.scheduler = type(pipe.scheduler)(**config | fields)
         except TypeError as error:
             raise ValueError(f"--scheduler_config {' '.join(args.scheduler_config)}: {error}") from None
     pipe.check_inputs(

@@ -76,13 +76,14 @@ class FeatureExtractor:
             ) from None
         if with_logits and network.fc.weight.isnan().any():
             raise ValueError(f"{weights} has no classifier, which the Inception score needs: leave out isc.")
-        self.network = network.to(self.device).eval()
-        self.input_size = getattr(network, "resolution", None) or network.INPUT_IMAGE_SIZE
         digest = hashlib.sha256()
         for key, tensor in sorted(network.state_dict().items()):
             if not key.startswith("fc."):  # the classifier, which features do not depend on
-                digest.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
+                digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
         self.facts = {"feature_extractor": name, "feature_layer": self.layer, "weights_sha256": digest.hexdigest()}
+        self.input_size = getattr(network, "resolution", None) or network.INPUT_IMAGE_SIZE
+        # With channels last, convolutions take a quarter less time on a CPU.
+        self.network = network.to(self.device, memory_format=torch.channels_last).eval()
         self.num_features = self(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))[self.layer].shape[1]
 
     @torch.no_grad()
