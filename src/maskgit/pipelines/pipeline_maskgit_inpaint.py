@@ -113,14 +113,15 @@ def _to_tensors(images: PipelineImageInput, name: str) -> list[torch.Tensor]:
             )
 
         values = tensor.float()
-        lowest = 0 if is_mask or not tensor.is_floating_point() else -1
-        if not tensor.is_floating_point() and (values.max() > 1 or not is_mask):
+        smallest, largest = values.min().item(), values.max().item()
+        is_integer = not tensor.is_floating_point() and tensor.dtype != torch.bool
+        if is_integer and not (is_mask and largest <= 1):
             values = values / 255
-        if not (values.min() >= lowest and values.max() <= 1):
+        if not (values.max() <= 1 and values.min() >= (-1 if tensor.is_floating_point() and not is_mask else 0)):
             floats = "[0, 1]" if is_mask else "[0, 1] or [-1, 1]"
             raise ValueError(
-                f"`{name}` has values from {tensor.min():.4g} to {tensor.max():.4g}, but floats must be in {floats}, and "
-                "integers from 0 to 255."
+                f"`{name}` has values from {smallest:.4g} to {largest:.4g}, but floats must be in {floats}, and integers "
+                "from 0 to 255."
             )
         if not is_mask:
             values = values if values.min() < 0 else 2 * values - 1
