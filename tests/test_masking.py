@@ -1,10 +1,16 @@
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from maskgit import PartitionTransformer2DModel
 from maskgit.masking import MaskedDataset, masked_token_loss
 from maskgit.schedulers.scheduling_maskgit_utils import MASKING_SCHEDULES, masking_ratio
 
 
+GOLDEN = Path(__file__).parent / "golden"
 ITEMS = [{"input_ids": torch.arange(64).view(8, 8)}] * 4000
 
 
@@ -64,3 +70,41 @@ def test_loss_is_of_the_positions_asked_for_and_the_transformer_sees_no_masked_t
     loss, count, _ = masked_token_loss(oracle, tokens, labels, mask, ~drop, loss_on="masked", **arguments)
     torch.testing.assert_close(loss, right + wrong)
     assert count == 2 and oracle.class_labels.tolist() == [4]
+
+
+def test_published_partition(monkeypatch):
+    """The group of each token: the mask of the others, drawn as the published code draws it."""
+    golden = load_file(GOLDEN / "pgm" / "partition.safetensors")
+    torch.testing.assert_close(masking_ratio(golden["in.r"], "arccos", 16), golden["out.rate"])
+    # Of BOS, at the start, there is no draw here: it is in group 0.
+    draws = torch.cat([golden["in.r"][:, None], torch.zeros(6, 1), golden["in.uniform"][:, 1:]], dim=1).numpy()
+    monkeypatch.setattr("numpy.random.default_rng", lambda seed: SimpleNamespace(random=lambda _: draws[seed[-1]]))
+    dataset = MaskedDataset(ITEMS, 16, "arccos", label_drop=0.1, seed=0)
+    groups = torch.stack([dataset[i]["mask"] for i in range(6)])
+    assert torch.equal(groups.long(), golden["out.group_idxs"][:, 1:])
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager")])
+def test_partition_transformer_is_given_all_tokens_and_the_groups(wrap, monkeypatch):
+    model = PartitionTransformer2DModel(
+        codebook_size=8,
+        num_classes=10,
+        sample_size=2,
+        hidden_size=16,
+        num_layers=1,
+        num_decoder_layers=1,
+        num_attention_heads=2,
+    )
+    tokens = torch.tensor([[5, 5, 1, 2]])
+    mask = torch.tensor([[True, False, True, False]])
+    given = {}
+    logits = torch.arange(9.0)
+    monkeypatch.setattr(model, "forward", lambda **inputs: given.update(inputs) or (logits.expand(1, 4, 9),))
+    loss, count, correct = masked_token_loss(
+        wrap(model), tokens, torch.tensor([4]), mask, torch.tensor([True]), 8, 10, loss_on="all", label_smoothing=0.0
+    )
+    assert torch.equal(given["input_ids"], tokens) and torch.equal(given["group_ids"], mask)
+    assert given["class_labels"].tolist() == [10] and given["full_vocabulary"]
+    # All positions count, among the codes and BOS.
+    torch.testing.assert_close(loss, 4 * logits.logsumexp(0) - logits[[5, 5, 1, 2]].sum())
+    assert count == 4 and correct == 0

@@ -91,7 +91,7 @@ def masked_token_loss(
     """
     tokens = tokens.flatten(1)
     class_labels = class_labels.masked_fill(drop_label, num_classes)
-    if isinstance(extract_model_from_parallel(transformer), PartitionTransformer2DModel):
+    if isinstance(extract_model_from_parallel(transformer, keep_torch_compile=False), PartitionTransformer2DModel):
         inputs = {"input_ids": tokens, "group_ids": mask}
     else:
         inputs = {"input_ids": tokens.masked_fill(mask, codebook_size)}
