@@ -1,5 +1,6 @@
 """The self-guidance adapter, and self-guidance in the pipeline."""
 
+import importlib.util
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 from fill import state_dict
 from safetensors.torch import load, load_file, save_file
 
+import maskgit_cli
 from maskgit import (
     ConfidenceScheduler,
     HaltonScheduler,
@@ -24,6 +26,8 @@ from maskgit import (
     PartitionTransformer2DModel,
     SelfGuidedScheduler,
     ToastAdapter,
+    builtin,
+    loading,
 )
 from maskgit.conversion.maskgit_google import convert_muse_transformer, split_toast
 from maskgit.conversion.unlockmgm import convert_toast
@@ -387,3 +391,62 @@ def test_offloading_and_device_maps(pipe, tmp_path):
 def test_bfloat16(tiny_pipeline_dir):
     pipe = MaskGitPipeline.from_pretrained(tiny_pipeline_dir, toast=make_toast()).to(torch.bfloat16)
     assert tokens(pipe, [1, 2], self_guidance_scale=1.0).max() < MASK
+
+
+# The built-in model
+
+
+def test_builtin_model_guides_itself_when_asked_to(tmp_path, capsys):
+    arguments = ["sample", "--classes", "sneaker,3", "--images_per_class", "1", "--num_inference_steps", "4"]
+    assert maskgit_cli.main([*arguments, "--output_dir", str(tmp_path / "plain")]) == 0
+    guided = ["--scheduler", "self-guided", "--self_guidance_scale", "1.0", "--output_dir", str(tmp_path / "guided")]
+    assert maskgit_cli.main([*arguments, *guided]) == 0
+    settings = {name: json.loads((tmp_path / name / "settings.json").read_text()) for name in ("plain", "guided")}
+    assert settings["plain"]["self_guidance_scale"] == 0 and settings["plain"]["scheduler"] == "HaltonScheduler"
+    assert settings["guided"]["self_guidance_scale"] == 1 and settings["guided"]["scheduler"] == "SelfGuidedScheduler"
+    pictures = [(tmp_path / name / "grid.png").read_bytes() for name in settings]
+    assert pictures[0] != pictures[1]
+    assert sum(path.stat().st_size for path in (builtin() / "toast").iterdir()) < 0.95e6
+
+
+def test_model_without_an_adapter_is_one_line(tiny_pipeline_dir, tmp_path, capsys):
+    arguments = [
+        "--model",
+        str(tiny_pipeline_dir),
+        "--self_guidance_scale",
+        "1",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    assert maskgit_cli.main(["sample", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert "needs a `toast` adapter" in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_shipping_an_adapter_changes_nothing_else(pipe, tiny_pipeline_dir, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("ship", Path(__file__).parents[1] / "scripts/ship_builtin_model.py")
+    ship = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ship)
+    for module in (ship, loading):
+        monkeypatch.setattr(module, "BUILTIN_MODELS", tmp_path / "builtin")
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["ship_builtin_model.py", *map(str, arguments)])
+        ship.main()
+
+    run(tiny_pipeline_dir, "tiny")
+    before = load_pipeline("builtin-tiny")
+    defaults = {"self_guidance_scale": 2.0}
+    MaskGitPipeline(**pipe.components, call_defaults=defaults).save_pretrained(tmp_path / "trained")
+    run(tmp_path / "trained", "tiny", "--toast_only")
+    after = load_pipeline("builtin-tiny")
+    assert after.config.call_defaults == before.config.call_defaults and after.id2label == before.id2label
+    assert torch.equal(tokens(after, [1, 2]), tokens(before, [1, 2]))
+    assert not torch.equal(tokens(after, [1, 2], self_guidance_scale=1.0), tokens(before, [1, 2]))
+    torch.nn.init.normal_(pipe.transformer.output_bias)
+    pipe.save_pretrained(tmp_path / "other")
+    for folder, message in ((tmp_path / "other", "another transformer"), (tiny_pipeline_dir, "no toast adapter")):
+        with pytest.raises(SystemExit):
+            run(folder, "tiny", "--toast_only")
+        assert message in capsys.readouterr().err
