@@ -465,7 +465,7 @@ def test_shipped_configs_are_valid(path):
             "of 128 codes, but the tokenizer of the model has 512: encode the images with its tokenizer",
         ),
         (["pretrained_model={inputs}/partition"], "partition transformer"),
-        (["pretrained_model={inputs}/without"], "no label for no class"),
+        (["pretrained_model={inputs}/without"], "give use_blank_second=false"),
         (["pretrained_model={inputs}/classes"], "has 10 classes"),
     ],
 )

@@ -358,7 +358,13 @@ class Trainer:
                 )
         if self.options.use_blank_second:
             blank = torch.full((1, grid[0] * grid[1]), config.codebook_size)
-            self.transformer(blank, None, positions=blank[:, :0])  # where no class can be hidden, it says so
+            try:
+                self.transformer(blank, None, positions=blank[:, :0])
+            except ValueError:
+                raise ValueError(
+                    f"{self.options.pretrained_model} was trained without a label for no class, which the blank canvas needs: "
+                    "give use_blank_second=false."
+                ) from None
 
     def losses(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         tokens = batch["input_ids"] if "input_ids" in batch else encode_images(self.tokenizer, batch["pixel_values"])
