@@ -8,6 +8,11 @@ measures how many token grids a second a model samples with a scheduler, and the
 "full_logits" stands for the published samplers: in every step it computes the logits of all positions and draws tokens at all
 of them, and keeps those that the step reveals. Ours ("positions") asks the scheduler first which positions it will decide.
 
+    python evaluations/benchmark.py --model partition-6-6 --baseline dit --guidance_scale 1 --batch_size 4
+
+has another baseline: "dit" is a DiT transformer of the model's width, blocks, heads and token grid with random weights, sampled as
+ours. Against it, this measures what a partition transformer gains by reading known tokens only.
+
 The cases take turns, and medians over the turns count, so that other work on the machine meets them all alike: the ratio to the
 baseline is the median of the ratios within each turn. Decoding to pixels is timed on its own, where the model has a tokenizer.
 """
@@ -28,19 +33,27 @@ from pathlib import Path
 
 import diffusers
 import torch
+from diffusers import ModelMixin
 
 import maskgit
-from maskgit import MaskGitDiTTransformer2DModel, MaskGitPipeline
+from maskgit import MaskGitDiTTransformer2DModel, MaskGitPipeline, PartitionTransformer2DModel
 from maskgit.loading import DTYPES, SCHEDULERS, load_pipeline
 from maskgit.options import user_errors
 
 
-# Random weights of the published sizes, at 256 x 256 pixels.
+# Random weights: DiT transformers of the published sizes at 256 x 256 pixels, and partition transformers of 32 x 32 tokens, of
+# which 12-12 and 14-10 are published sizes.
 SIZES = {
-    "tiny": {"hidden_size": 384, "num_layers": 6, "num_attention_heads": 6},
-    "small": {"hidden_size": 512, "num_layers": 12, "num_attention_heads": 6},
-    "base": {"hidden_size": 768, "num_layers": 12, "num_attention_heads": 12},
-    "large": {"hidden_size": 1024, "num_layers": 24, "num_attention_heads": 16},
+    "tiny": (MaskGitDiTTransformer2DModel, {"hidden_size": 384, "num_layers": 6, "num_attention_heads": 6}),
+    "small": (MaskGitDiTTransformer2DModel, {"hidden_size": 512, "num_layers": 12, "num_attention_heads": 6}),
+    "base": (MaskGitDiTTransformer2DModel, {"hidden_size": 768, "num_layers": 12, "num_attention_heads": 12}),
+    "large": (MaskGitDiTTransformer2DModel, {"hidden_size": 1024, "num_layers": 24, "num_attention_heads": 16}),
+    "partition-6-6": (
+        PartitionTransformer2DModel,
+        {"hidden_size": 256, "num_layers": 6, "num_decoder_layers": 6, "num_attention_heads": 4},
+    ),
+    "partition-12-12": (PartitionTransformer2DModel, {}),
+    "partition-14-10": (PartitionTransformer2DModel, {"num_layers": 14, "num_decoder_layers": 10}),
 }
 
 
@@ -48,7 +61,7 @@ SIZES = {
 class Case:
     """What is measured: a way of sampling, in a precision."""
 
-    method: str  # "positions" or the baseline
+    method: str  # "positions", or the baseline
     dtype: str
 
 
@@ -60,14 +73,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         default="builtin",
-        help=f"Folder or Hub id of a pipeline, builtin, or {', '.join(SIZES)}: random weights of that published size.",
+        help=f"Folder or Hub id of a pipeline, builtin, or {', '.join(SIZES)}: random weights of that size.",
     )
     parser.add_argument("--scheduler", choices=SCHEDULERS, default="halton")
     parser.add_argument("--num_inference_steps", type=int, default=32)
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="1 is no guidance, and half the work.")
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="The first is the baseline's.")
-    parser.add_argument("--baseline", choices=["full_logits"], default="full_logits", help="What ratios refer to.")
+    parser.add_argument(
+        "--baseline",
+        choices=["full_logits", "dit"],
+        default="full_logits",
+        help="What ratios refer to: the model with logits of all positions, or a DiT transformer of its sizes.",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="Turns of each case, after one for warming up.")
     parser.add_argument("--latency", action="store_true", help="Time batches of one image too.")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="Defaults to the GPU if there is one, else the CPU.")
@@ -76,18 +94,31 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load(args: argparse.Namespace, dtype: str) -> MaskGitPipeline:
+def load(args: argparse.Namespace, case: Case) -> MaskGitPipeline:
     diffusers.logging.set_verbosity_error()  # a change of dtype warns of nothing
     if args.model in SIZES:
-        transformer = MaskGitDiTTransformer2DModel(**SIZES[args.model]).eval()
-        pipe = MaskGitPipeline(
-            transformer, None, SCHEDULERS[args.scheduler](mask_token_id=transformer.config.codebook_size)
-        )
-        pipe.to(args.device, DTYPES[dtype])
+        model_class, sizes = SIZES[args.model]
+        with torch.device("meta" if case.method == "dit" else "cpu"):
+            transformer = model_class(**sizes).eval()
+        scheduler = SCHEDULERS[args.scheduler](mask_token_id=transformer.config.codebook_size)
+        pipe = MaskGitPipeline(transformer, None, scheduler)
     else:
-        pipe = load_pipeline(args.model, args.scheduler, dtype, args.device)
+        pipe = load_pipeline(args.model, args.scheduler, case.dtype, args.device)
+    if case.method == "dit":
+        pipe.transformer = dit_like(pipe.transformer)
+    pipe.to(args.device, DTYPES[case.dtype])
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def dit_like(transformer: ModelMixin) -> MaskGitDiTTransformer2DModel:
+    """A DiT transformer of random weights, as wide and as deep as `transformer` (encoder and decoder)."""
+    if isinstance(transformer, MaskGitDiTTransformer2DModel):
+        raise ValueError("--baseline dit: this model has a DiT transformer itself, leave it at full_logits.")
+    names = ("codebook_size", "num_classes", "sample_size", "hidden_size", "num_attention_heads")
+    sizes = {name: transformer.config[name] for name in names}
+    num_layers = transformer.config.num_layers + transformer.config.get("num_decoder_layers", 0)
+    return MaskGitDiTTransformer2DModel(**sizes, num_layers=num_layers).eval()
 
 
 def synchronize(device: torch.device) -> None:
@@ -166,7 +197,7 @@ def sample(pipe: MaskGitPipeline, method: str, batch_size: int, args: argparse.N
 
 def peak_resident_bytes(args: argparse.Namespace, case: Case, num_threads: int) -> int:
     torch.set_num_threads(num_threads)
-    sample(load(args, case.dtype), case.method, args.batch_size, args)
+    sample(load(args, case), case.method, args.batch_size, args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -175,7 +206,7 @@ def measure_memory(args: argparse.Namespace, case: Case) -> float:
     """Peak memory in MB: on a GPU what torch allocated, on a CPU that of the whole process."""
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        sample(load(args, case.dtype), case.method, args.batch_size, args)
+        sample(load(args, case), case.method, args.batch_size, args)
         peak = torch.cuda.max_memory_allocated()
     else:
         # A process's peak never falls: each case gets a process of its own.
@@ -189,17 +220,18 @@ def benchmark(args: argparse.Namespace) -> dict:
     cases = [Case(method, dtype) for dtype in args.dtype for method in (args.baseline, "positions")]
     # Before anything large is loaded here: a child process's peak counts from its parent's size.
     memory = {case: measure_memory(args, case) for case in cases}
-    pipes = {dtype: load(args, dtype) for dtype in args.dtype}
+    pipes = {case: load(args, case) for case in cases if case.method != "full_logits"}
+    pipes |= {case: pipes[Case("positions", case.dtype)] for case in cases if case.method == "full_logits"}
 
     runs = {case: [] for case in cases}
     latencies = {case: [] for case in cases}
     for turn in range(args.repeats + 1):
         for case in cases:
-            seconds = sample(pipes[case.dtype], case.method, args.batch_size, args)
+            seconds = sample(pipes[case], case.method, args.batch_size, args)
             if turn > 0:  # the first is for warming up
                 runs[case].append(seconds)
         for case in cases if args.latency else []:
-            seconds = sample(pipes[case.dtype], case.method, 1, args)["total"]
+            seconds = sample(pipes[case], case.method, 1, args)["total"]
             if turn > 0:
                 latencies[case].append(seconds)
 
@@ -210,6 +242,7 @@ def benchmark(args: argparse.Namespace) -> dict:
         results.append(
             asdict(case)
             | {
+                "num_parameters": pipes[case].transformer.num_parameters(),
                 "images_per_second": args.batch_size / medians["total"],
                 "ratio_to_baseline": statistics.median(ratios),
                 "seconds_per_batch": medians["total"],
@@ -221,13 +254,11 @@ def benchmark(args: argparse.Namespace) -> dict:
                 "all_seconds_per_batch": [run["total"] for run in runs[case]],
             }
         )
-    transformer = pipes[args.dtype[0]].transformer
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "options": vars(args),
         "baseline": asdict(cases[0]),
-        "num_parameters": transformer.num_parameters(),
-        "sample_size": transformer.config.sample_size,
+        "sample_size": pipes[cases[0]].transformer.config.sample_size,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
         "num_threads": torch.get_num_threads(),
         "load_average": os.getloadavg(),
