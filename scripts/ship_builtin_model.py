@@ -3,11 +3,14 @@
 Put a trained pipeline into the package as a built-in model, in float16; or add a self-guidance adapter to one that is there.
 
     python scripts/ship_builtin_model.py outputs/maskgit_fashion_mnist/pipeline fashion-mnist
+    python scripts/ship_builtin_model.py outputs/pgm_fashion_mnist/pipeline partition
     python scripts/ship_builtin_model.py outputs/toast_fashion_mnist/pipeline fashion-mnist --toast_only
 """
 
 import argparse
+import filecmp
 import shutil
+from pathlib import Path
 
 import torch
 
@@ -28,6 +31,18 @@ def with_adapter_of(pipe: MaskGitPipeline, trained: MaskGitPipeline) -> MaskGitP
         raise ValueError("the adapter was trained on another transformer than the built-in one.")
     pipe.register_modules(toast=trained.toast)
     return pipe
+
+
+def share_tokenizer(target: Path) -> None:
+    """Replaces the tokenizer's folder by a link to another built-in model's, if it is the same: it need not travel twice."""
+    weights = "diffusion_pytorch_model.safetensors"
+    for other in sorted(BUILTIN_MODELS.glob(f"*/vqvae/{weights}")):
+        tokenizer = other.parent
+        if tokenizer.parent != target and not tokenizer.is_symlink():
+            if filecmp.cmp(other, target / "vqvae" / weights, shallow=False):
+                shutil.rmtree(target / "vqvae")
+                (target / "vqvae").symlink_to(Path("..") / tokenizer.relative_to(BUILTIN_MODELS))
+                return
 
 
 def main():
@@ -54,6 +69,7 @@ def main():
     # Inside the package its own classes are used: copies of their sources would only grow old.
     for source in target.rglob("*.py"):
         source.unlink()
+    share_tokenizer(target)
     total = sum(path.stat().st_size for path in BUILTIN_MODELS.rglob("*") if path.is_file()) / 1e6
     print(f"Wrote {target}. The built-in models are {total:.1f} MB together.")
     with user_errors():
