@@ -199,6 +199,40 @@ def _add_inpaint(commands: argparse._SubParsersAction) -> None:
     _add_sampling_options(parser, "outputs/inpainting")
 
 
+def _add_reconstruct(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "reconstruct",
+        help="see what the tokenizer makes of your images",
+        description="Turn images into tokens and back, and tell what is lost, as PSNR in dB: of each image and on average.",
+        epilog="The reconstructions are written to NUMBER_NAME.png; grid.png shows the images (the first 100) above them, and "
+        "psnr.json holds the numbers.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        "--tokenizer",
+        default="builtin",
+        metavar="DIR|HUB_ID",
+        help="folder or Hub id of a pipeline or of a tokenizer, builtin (default) or builtin-NAME",
+    )
+    add("--images_dir", required=True, metavar="DIR", help="folder of images, also in subfolders")
+    add(
+        "--output_dir",
+        default="outputs/reconstructions",
+        metavar="DIR",
+        help="folder to write to, made if it does not exist (default: outputs/reconstructions)",
+    )
+    add("--overwrite", action="store_true", help="write to a folder that has files, over those of the same names")
+    add(
+        "--image_size",
+        type=_number(int, 1),
+        metavar="N",
+        help="resize the shorter side to N pixels and cut out a square (default: keep the size, cut to whole tokens)",
+    )
+    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the GPU if there is one, else cpu)")
+
+
 def _add_app(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "app",
@@ -221,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code is 2, after one line of explanation, for what the user can mend."""
     parser = _Parser(prog="maskgit", description="Images from masked generative transformers.", allow_abbrev=False)
     commands_parser = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add_command in (_add_sample, _add_inpaint, _add_app):
+    for add_command in (_add_sample, _add_inpaint, _add_reconstruct, _add_app):
         add_command(commands_parser)
     try:
         options = vars(parser.parse_args(argv))

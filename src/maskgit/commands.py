@@ -10,19 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from . import __version__
-from .images import make_grid, mark_masked
-from .loading import SCHEDULERS, load_pipeline
+from .image_sets import FolderImages
+from .images import crop_square, make_grid, make_pair_grid, mark_masked, to_rgb
+from .loading import SCHEDULERS, find_device, load_pipeline
 from .pipelines import MaskGitInpaintPipeline, MaskGitPipeline
 from .pipelines.pipeline_maskgit import CALL_DEFAULTS
 from .presets import apply_preset, load_preset
+from .tokenization import decode_tokens, encode_images, load_tokenizer, psnr
 
 
 MAX_IMAGES_IN_GRID = 1000
+MAX_PAIRS_IN_GRID = 100
+MAX_LINES = 20
 MAX_ROWS_OF_CLASSES = 16
 
 
@@ -96,7 +101,7 @@ def _check_files(folder: Path, names: list[str]) -> None:
         raise OSError(f"Cannot write '{folder / in_the_way}': there is a folder of this name.")
 
 
-def _load(
+def load_for_sampling(
     model: str, preset: str | None, scheduler: str | None, dtype: str, device: str | None, **given: float | None
 ) -> tuple[MaskGitPipeline, dict[str, Any]]:
     """A pipeline, and the arguments of its call: those `given` (not None), else the preset's or the model's own."""
@@ -178,7 +183,7 @@ def sample(
     """Generate images of classes (None: all) into a folder."""
     folder = Path(output_dir)
     _check_output_dir(folder, overwrite)
-    pipe, sampling = _load(
+    pipe, sampling = load_for_sampling(
         model,
         preset,
         scheduler,
@@ -283,7 +288,7 @@ def inpaint(
     _check_output_dir(folder, overwrite)
     picture = _open_image(image)
     mask_image = _open_image(mask) if isinstance(mask, str) else _box_mask(mask, picture.size)
-    pipe, sampling = _load(
+    pipe, sampling = load_for_sampling(
         model,
         preset,
         scheduler,
@@ -364,3 +369,63 @@ def app(model: str, dtype: str, device: str | None, host: str, port: int | None)
         raise OSError(
             f"Cannot listen on {ports} of {host}: it is in use, or not this machine's. Try another --port."
         ) from None
+
+
+def _read_for_tokenizer(path: Path, image_size: int | None, factor: int) -> Image.Image:
+    """An image as a square of `image_size`, or as it is but for its margins, cut to whole tokens of `factor` pixels."""
+    try:
+        image = to_rgb(_open_image(str(path)))
+    except (OSError, SyntaxError) as error:  # also what is found when the pixels are read
+        raise OSError(f"Cannot read the image '{path}': {error}") from None
+    if image_size is not None:
+        return crop_square(image, image_size)
+    width, height = (side // factor * factor for side in image.size)
+    if not (width and height):
+        raise ValueError(f"The image '{path}' is smaller than a token of {factor} pixels: give --image_size.")
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def reconstruct(
+    model: str, images_dir: str, output_dir: str, overwrite: bool, image_size: int | None, device: str | None
+) -> None:
+    """Images of a folder to tokens and back, into another folder."""
+    folder = Path(output_dir)
+    _check_output_dir(folder, overwrite)
+    if not Path(images_dir).is_dir():
+        raise OSError(f"There is no folder '{images_dir}' of images.")
+    paths = FolderImages(images_dir).paths
+    tokenizer = load_tokenizer(model).to(find_device(device))
+    factor = 2 ** (len(tokenizer.config.block_out_channels) - 1)
+    if image_size is not None and image_size % factor:
+        raise ValueError(f"--image_size is {image_size}, but must be a multiple of this tokenizer's {factor} pixels.")
+    digits = max(5, len(str(len(paths) - 1)))
+    names = [f"{i:0{digits}}_{path.stem}.png" for i, path in enumerate(paths)]
+    _check_files(folder, [*names, "grid.png", "psnr.json"])
+
+    ratios, pairs = {}, []
+    for path, name in zip(tqdm(paths, unit="image"), names):
+        original = _read_for_tokenizer(path, image_size, factor)
+        pixels = torch.from_numpy(np.array(original)).permute(2, 0, 1)[None].to(tokenizer.device) / 127.5 - 1
+        try:
+            decoded = decode_tokens(tokenizer, encode_images(tokenizer, pixels))
+        except torch.OutOfMemoryError:
+            raise ValueError(f"Out of memory with '{path}', {original.size}: give a smaller --image_size.") from None
+        ratios[str(path)] = psnr(pixels, decoded).item()
+        reconstruction = Image.fromarray(decoded[0].add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+        folder.mkdir(parents=True, exist_ok=True)
+        reconstruction.save(folder / name)
+        if len(pairs) < MAX_PAIRS_IN_GRID:
+            pairs.append((original, reconstruction))
+
+    make_pair_grid(pairs).save(folder / "grid.png")
+    average = sum(ratios.values()) / len(ratios)
+    report = {"model": model, "image_size": image_size, "average_psnr": average, "psnr": ratios}
+    (folder / "psnr.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    for path, ratio in sorted(ratios.items(), key=lambda item: item[1])[:MAX_LINES]:
+        print(f"{ratio:6.2f} dB  {path}")
+    if len(ratios) > MAX_LINES:
+        print(f"... and {len(ratios) - MAX_LINES} better ones in {folder / 'psnr.json'}")
+    print(
+        f"Wrote {len(ratios)} images to {folder}, PSNR {average:.2f} dB on average, side by side in {folder / 'grid.png'}"
+    )

@@ -80,6 +80,19 @@ def make_grid(images: list[Image.Image], columns: int) -> Image.Image:
     return make_image_grid(tiles + [blank] * (rows * columns - len(tiles)), rows, columns)
 
 
+def make_pair_grid(pairs: list[tuple[Image.Image, Image.Image]], columns: int = 10) -> Image.Image:
+    """Rows of first images, each above a row of the second ones. If sizes differ, all are fitted into squares of 256 pixels."""
+    if len({image.size for pair in pairs for image in pair}) > 1:
+        pairs = [tuple(ImageOps.pad(image, (256, 256), color="white") for image in pair) for pair in pairs]
+    columns = min(columns, len(pairs))
+    blank = Image.new("RGB", pairs[0][0].size, "white")
+    tiles = []
+    for start in range(0, len(pairs), columns):
+        for row in zip(*pairs[start : start + columns]):
+            tiles += [*row] + [blank] * (columns - len(row))
+    return make_grid(tiles, columns)
+
+
 def mark_masked(image: Image.Image, masked: list[list[bool]]) -> Image.Image:
     """`image`, enlarged if tiny, with the cells of the token grid covered that are `masked` (rows of booleans)."""
     image = enlarge(image)

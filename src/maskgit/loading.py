@@ -91,7 +91,8 @@ def _quiet_diffusers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _find_device(device: str | None) -> torch.device:
+def find_device(device: str | None) -> torch.device:
+    """The device of that name, by default the GPU (cuda, mps, ...) if there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is None:
         return accelerator or torch.device("cpu")
@@ -119,7 +120,7 @@ def load_pipeline(
     for name, value, allowed in (("scheduler", scheduler, (None, *SCHEDULERS)), ("dtype", dtype, DTYPES)):
         if value not in allowed:
             raise ValueError(f"The {name} is {value!r}, but must be one of {', '.join(filter(None, allowed))}.")
-    target = _find_device(device)
+    target = find_device(device)
     with _quiet_diffusers():
         folder = _find_folder(model)
         in_files = _read_weight_names(folder)
