@@ -40,6 +40,7 @@ from tqdm.auto import tqdm
 
 import maskgit
 from maskgit.image_sets import ArrayImages, DatasetImages, FolderImages, ImageSource, ImageTensors, scan_headers
+from maskgit.loading import find_device
 from maskgit.metrics import (
     INCEPTION,
     LOGITS,
@@ -379,17 +380,6 @@ def state(args: argparse.Namespace, sets: dict[str, ImageSet]) -> str:
     return f"{' against '.join(words)}; features of {args.feature_extractor}, resizing: {RESIZINGS[args.resizing]}"
 
 
-def find_device(device: str | None) -> str:
-    """The device asked for, by default the GPU if there is one."""
-    if device is None:
-        return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {device}: torch finds no such device.") from None
-    return device
-
-
 def check_options(args: argparse.Namespace) -> list[str]:
     """Raise an error for options that make no sense; returns the metrics to measure."""
     metrics = [name.strip() for name in args.metrics.split(",")]
@@ -406,7 +396,7 @@ def check_options(args: argparse.Namespace) -> list[str]:
         raise ValueError("Give --generated, or --save_statistics for the reference alone.")
     if args.reference is None and (args.save_statistics is not None or metrics != ["isc"]):
         raise ValueError("Give --reference: only the Inception score alone (--metrics isc) does without it.")
-    args.device = find_device(args.device)
+    args.device = str(find_device(args.device))
     if args.feature_extractor_weights is None and args.feature_extractor == INCEPTION:
         args.feature_extractor_weights = os.environ.get(WEIGHTS_VARIABLE)
     return [] if args.generated is None else metrics

@@ -35,11 +35,11 @@ from tqdm.auto import tqdm
 
 import maskgit
 from maskgit import MaskGitPipeline
+from maskgit.commands import load_for_sampling
 from maskgit.images import make_grid
-from maskgit.loading import DTYPES, SCHEDULERS, load_pipeline
+from maskgit.loading import DTYPES, SCHEDULERS
 from maskgit.options import check_keys, user_errors
 from maskgit.pipelines.pipeline_maskgit import CALL_DEFAULTS, GUIDANCE_SCHEDULES
-from maskgit.presets import apply_preset, load_preset
 from maskgit.tokenization import tokenizer_checksum
 
 
@@ -97,16 +97,9 @@ def label_of(index: int, labels: str, num_classes: int, seed: int) -> int:
 
 def load(args: argparse.Namespace, device: torch.device) -> tuple[MaskGitPipeline, dict]:
     """The pipeline with the scheduler that the options ask for, and the arguments of its call."""
-    if args.preset is not None and args.scheduler is not None:
-        raise ValueError("--preset and --scheduler exclude each other: a preset says which scheduler it is.")
-    preset = None if args.preset is None else load_preset(args.preset)
     device = "cpu" if device.type == "cpu" else str(device)  # accelerate numbers CPUs too
-    pipe = load_pipeline(args.model, args.scheduler, args.dtype, device)
-    if pipe.vqvae is None:
-        raise ValueError(f"{args.model} has no tokenizer to make images with.")
-    call = CALL_DEFAULTS | (pipe.config.call_defaults or {}) if preset is None else apply_preset(pipe, preset)
-    call |= {name: getattr(args, name) for name in CALL_DEFAULTS if getattr(args, name, None) is not None}
-
+    given = {name: getattr(args, name) for name in CALL_DEFAULTS}
+    pipe, call = load_for_sampling(args.model, args.preset, args.scheduler, args.dtype, device, **given)
     fields = {}
     for text in args.scheduler_config or []:
         name, separator, value = text.partition("=")
@@ -125,16 +118,6 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[MaskGitPipelin
             pipe.scheduler = type(pipe.scheduler)(**config | fields)
         except TypeError as error:
             raise ValueError(f"--scheduler_config {' '.join(args.scheduler_config)}: {error}") from None
-    pipe.check_inputs(
-        **call,
-        batch_size=1,
-        grid=(1, 1),
-        guidance_interval=(0.0, 1.0),
-        generator=[torch.Generator()],
-        latents=None,
-        output_type="latent",
-        callback_on_step_end_tensor_inputs=["latents"],
-    )
     pipe.set_progress_bar_config(disable=True)
     return pipe, call
 

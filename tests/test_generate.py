@@ -230,7 +230,6 @@ def test_preset_and_scheduler_options(run, tmp_path):
         (["--num_inference_steps", "0"], "`num_inference_steps` is 0, but must be"),
         (["--guidance_scale", "nan"], "`guidance_scale` is nan, but must be"),
         (["--preset", "halton-larg"], "There is no preset 'halton-larg'"),
-        (["--preset", "halton-small-256", "--scheduler", "halton"], "--preset and --scheduler exclude each other"),
         (["--scheduler_config", "top_k"], "'top_k' is not of the form key=value"),
         (["--scheduler_config", "topk=1"], "unknown field of HaltonScheduler, 'topk': did you mean 'top_k'?"),
         (["--scheduler_config", "top_k=0"], "`top_k` is 0, but must be at least 1"),

@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 import hashlib
-import pickle
 from collections.abc import Iterable
 
 import numpy as np
@@ -66,7 +65,7 @@ class FeatureExtractor:
             network = create_feature_extractor(
                 name, self.layers, cuda=False, feature_extractor_weights_path=weights, verbose=False
             )
-        except (OSError, RuntimeError, NotImplementedError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # pickle and downloads raise many kinds
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             if weights is not None:
                 raise ValueError(f"{weights} holds no weights of {name}: {reason}") from None
@@ -174,7 +173,7 @@ def density_coverage(generated: torch.Tensor, reference: torch.Tensor, neighbors
 
 @functools.cache
 def _gaussian_window(size: int = 11, sigma: float = 1.5) -> torch.Tensor:
-    weights = torch.exp(-((torch.arange(size) - size // 2) ** 2) / (2 * sigma**2))
+    weights = torch.exp(-((torch.arange(size, dtype=torch.float64) - size // 2) ** 2) / (2 * sigma**2))
     return weights / weights.sum()
 
 
