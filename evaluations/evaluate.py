@@ -9,7 +9,7 @@ says how they were measured.
 
 --generated and --reference are each one of
 
-    a folder of images      also in subfolders; or the folder that evaluations/generate.py wrote
+    a folder of images      also in subfolders; or what evaluations/generate.py or `maskgit sample` wrote
     images as .npz          arr_0 (uint8 N, H, W, 3), as ADM's and generate.py's
     statistics              what --save_statistics wrote; an .npz with mu and sigma, as clean-fid's and pytorch-fid's;
                             Halton-MaskGIT's .pt with mu and cov. An .npz with statistics and images, as ADM's references,
@@ -151,9 +151,13 @@ def open_set(name: str, source: str, split: str | None, num_images: int | None, 
         raise ValueError(f"{source} is a saved dataset: give it as --reference, with --reference_split.")
     elif path.is_dir():
         folder = path / "images" if (path / "images").is_dir() and (path / "settings.json").is_file() else path
-        if folder.name == "images" and (folder.parent / "settings.json").is_file():
-            result.facts["settings"] = json.loads((folder.parent / "settings.json").read_text(encoding="utf-8"))
         result.images = FolderImages(folder)
+        settings = (folder.parent if folder.name == "images" else folder) / "settings.json"
+        if settings.is_file():
+            result.facts["settings"] = json.loads(settings.read_text(encoding="utf-8"))
+            # `maskgit sample` writes its grid, and pictures of the steps, beside the images.
+            single = [file for file in result.images.paths if file.parent == folder and file.name != "grid.png"]
+            result.images.paths = single
     elif path.suffix == ".npz" and path.is_file():
         read_npz(path, result)
     elif path.suffix in (".pt", ".pth") and path.is_file():
@@ -334,7 +338,7 @@ def measure(
 
     values = {}
     generated, reference = sets.get("generated"), sets.get("reference")
-    for metric in tqdm(metrics, desc="metrics", leave=False):
+    for metric in tqdm(metrics, desc="metrics", leave=False, disable=not metrics):
         if metric == "fid":
             values["fid"] = frechet_distance(generated.statistics, reference.statistics)
         elif metric == "isc":

@@ -116,8 +116,15 @@ def evaluate_arguments(args: argparse.Namespace) -> list[str]:
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
 
-def prepare_reference(args: argparse.Namespace, path: Path) -> None:
-    """The features of the reference, once for all runs."""
+def prepare_reference(args: argparse.Namespace) -> str:
+    """The reference's features, computed once for all runs: where they are. Statistics are taken as they are."""
+    given, path = Path(args.reference), Path(args.output_dir) / "reference.npz"
+    if given.suffix in (".pt", ".pth"):
+        return args.reference
+    if given.suffix == ".npz" and given.is_file():
+        with np.load(given) as file:
+            if "mu" in file:
+                return args.reference
     command = ["--reference", args.reference, "--save_statistics", str(path), *evaluate_arguments(args)]
     if args.reference_split is not None:
         command += ["--reference_split", args.reference_split]
@@ -127,8 +134,9 @@ def prepare_reference(args: argparse.Namespace, path: Path) -> None:
         made_of = facts["source"], facts.get("split"), facts["image_size"]
         if made_of != (args.reference, args.reference_split, args.image_size):
             raise ValueError(f"{path} is of another --reference or --image_size: give another --output_dir.")
-        return
-    evaluate.evaluate(evaluate.make_parser().parse_args(command))
+    else:
+        evaluate.evaluate(evaluate.make_parser().parse_args(command))
+    return str(path)
 
 
 def measure(args: argparse.Namespace, run: dict, settings: dict, reference: str) -> dict:
@@ -183,7 +191,7 @@ def write_tables(folder: Path, rows: list[dict], statement: str) -> None:
 
 def plot_lines(path: Path, rows: list[dict], x: str, y: str, along: str, title: str) -> None:
     """A line for each combination of the other options; the points of a line follow each other along one option."""
-    varied = [n for n in SWEPT if n != along and len({str(row[n]) for row in rows}) > 1]
+    varied = [n for n in SWEPT if n != along and len({str(row[n]) for row in rows if row[n] is not None}) > 1]
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     lines = {}
@@ -212,21 +220,25 @@ def plot_lines(path: Path, rows: list[dict], x: str, y: str, along: str, title: 
 def report(folder: Path, rows: list[dict], statement: str) -> None:
     write_tables(folder, rows, statement)
     if "fid" in rows[0]:
-        plot_lines(
-            folder / "fid_steps.png", rows, "num_inference_steps", "fid", "num_inference_steps", "FID against steps"
-        )
+        steps = "num_inference_steps"
+        plot_lines(folder / "fid_steps.png", rows, steps, "fid", along=steps, title="FID against steps")
     if "precision" in rows[0]:
         title = "Precision against recall, along the guidance scale"
-        plot_lines(folder / "precision_recall.png", rows, "recall", "precision", "guidance_scale", title)
+        plot_lines(folder / "precision_recall.png", rows, "recall", "precision", along="guidance_scale", title=title)
 
 
 def sweep(args: argparse.Namespace, accelerator: Accelerator) -> None:
     folder = Path(args.output_dir)
     runs = combinations(args)
+    if "kid" in args.metrics.split(",") and args.num_images < args.kid_subset_size:
+        raise ValueError(
+            f"KID draws subsets of {args.kid_subset_size} images, more than --num_images {args.num_images}: leave kid out of "
+            "--metrics, or give a smaller --kid_subset_size."
+        )
     is_main = accelerator.is_main_process
     if is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        prepare_reference(args, folder / "reference.npz")
+        reference = prepare_reference(args)
     rows = []
     for i, run in enumerate(runs):
         if is_main:
@@ -234,13 +246,10 @@ def sweep(args: argparse.Namespace, accelerator: Accelerator) -> None:
         options = generate.make_parser().parse_args(generate_arguments(args, run))
         settings = generate.generate(options, accelerator)
         if is_main:
-            result = measure(args, run, settings, str(folder / "reference.npz"))
+            result = measure(args, run, settings, reference)
             rows.append(make_row(run, result))
-            report(
-                folder,
-                rows,
-                f"{args.num_images:,} images a row, against {result['statement'].partition(' against ')[2]}",
-            )
+            against = result["statement"].partition(" against ")[2]
+            report(folder, rows, f"{args.num_images:,} images a row, against {against}")
     if is_main:
         print((folder / "table.md").read_text(encoding="utf-8"))
 

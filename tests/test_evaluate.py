@@ -238,6 +238,15 @@ def test_result_says_how_it_was_measured(run, tmp_path, capsys):
     assert again["metrics"] == result["metrics"] and again["generated"]["settings"]["seed"] == 7
 
 
+def test_folder_of_the_sample_command(run, tmp_path):
+    folder = write_folder(tmp_path / "samples", random_images(60, 0))
+    Image.new("RGB", (100, 50)).save(folder / "grid.png")
+    write_folder(folder / "steps", random_images(2, 0, size=30))
+    (folder / "settings.json").write_text(json.dumps({"seed": 3}))
+    result = run("--generated", folder, "--reference", write_folder(tmp_path / "reference", random_images(60, 1)))
+    assert result["generated"]["num_images"] == 60 and result["generated"]["settings"] == {"seed": 3}
+
+
 def test_grey_transparent_and_lossy_images(run, tmp_path):
     images = plain_images(range(60, 120))
     grey = images[..., :1].repeat(3, -1)
@@ -479,7 +488,7 @@ def test_real_network_on_real_images(inception_weights):
     from prepare_fashion_mnist import read_idx
 
     images = read_idx(folder / "t10k-images-idx3-ubyte.gz")
-    count = 32
+    count = 24
     pictures = {
         "first": [Image.fromarray(image).convert("RGB") for image in images[:count]],
         "second": [Image.fromarray(image).convert("RGB") for image in images[5000 : 5000 + count]],
