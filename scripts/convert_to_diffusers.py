@@ -13,6 +13,7 @@ toast/, comes with its transformer. Sizes are read from the tensors. Nothing is 
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from huggingface_hub.utils import validate_repo_id
@@ -83,7 +84,8 @@ def convert_source(args: argparse.Namespace, folder: Path) -> None:
             given = getattr(args, name) or (name == "transformer" and getattr(args, "toast", None))
             if not given and getattr(args, option) is not None:
                 raise ConversionError(f"--{option} is about a {name}, but none is given: add --{name} PATH.")
-    parts = {"vqvae": source.tokenizer, "transformer": source.transformer}
+    tokenizer = source.tokenizer.for_file(args.tokenizer) if args.tokenizer else source.tokenizer
+    parts = {"vqvae": tokenizer, "transformer": source.transformer}
     files = {"vqvae": args.tokenizer, "transformer": args.transformer}
     toast = getattr(args, "toast", None)
     if toast:
@@ -101,8 +103,9 @@ def convert_source(args: argparse.Namespace, folder: Path) -> None:
         if "vqvae" in converted and "codebook_size" in options and options["codebook_size"] is None:
             options["codebook_size"] = converted["vqvae"].config["num_vq_embeddings"]
         converted[name] = convert(args, part, file, **options)
-        if "num_attention_heads" in options and options["num_attention_heads"] is None:
-            print("  num_attention_heads is that of the published model of this width: tensors do not tell it")
+        for option in part.assumed:
+            if options[option] is None:
+                print(f"  {option} is that of the published model: tensors do not tell it, --{option} does")
 
     if toast:
         check_adapter(converted["toast"].config, converted["transformer"].config)
@@ -145,10 +148,15 @@ def how_to_use(folder: Path) -> str:
     return "\n".join(lines).rstrip()
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{Path(sys.argv[0]).name}: error: {message} (options: {self.prog} --help)\n")
+
+
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sources = parser.add_subparsers(dest="source", metavar="SOURCE", required=True, help="which project's checkpoints")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--output_dir", required=True, metavar="DIR", help="folder to write")
     common.add_argument("--overwrite", action="store_true", help="replace the folder if it is not empty")
     common.add_argument(
@@ -182,13 +190,18 @@ def main(argv: list[str] | None = None):
     with user_errors():
         inputs = [file for file in (args.transformer, args.tokenizer, getattr(args, "toast", None)) if file]
         if not inputs:
-            raise ConversionError("nothing to convert: give --transformer PATH, --tokenizer PATH or both.")
+            toast = ", --toast PATH" if hasattr(args, "toast") else ""
+            raise ConversionError(f"nothing to convert: give --transformer PATH{toast}, --tokenizer PATH or both.")
         if args.push_to_hub:
             validate_repo_id(args.push_to_hub)
         if getattr(args, "tokenizer_config", None):
             inputs.append(args.tokenizer_config)
-        with new_folder(args.output_dir, args.overwrite, inputs) as folder:
-            convert_source(args, folder)
+        try:
+            with new_folder(args.output_dir, args.overwrite, inputs) as folder:
+                convert_source(args, folder)
+        except (KeyboardInterrupt, SystemExit) as error:
+            print(f"{Path(sys.argv[0]).name}: stopped; nothing was written to {args.output_dir}", file=sys.stderr)
+            raise SystemExit(error.code if isinstance(error, SystemExit) else 130) from None
         print(f"wrote {args.output_dir}\n\nUse it:\n\n{how_to_use(Path(args.output_dir))}")
         if args.push_to_hub:
             print(f"\nuploaded: {push_folder_to_hub(args.output_dir, args.push_to_hub)}")

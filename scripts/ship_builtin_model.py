@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from maskgit import MaskGitPipeline
+from maskgit.conversion.folders import make_readable
 from maskgit.loading import BUILTIN_MODELS, load_pipeline
 from maskgit.options import user_errors
 
@@ -69,6 +70,7 @@ def main():
     # Inside the package its own classes are used: copies of their sources would only grow old.
     for source in target.rglob("*.py"):
         source.unlink()
+    make_readable(target)
     share_tokenizer(target)
     total = sum(path.stat().st_size for path in BUILTIN_MODELS.rglob("*") if path.is_file()) / 1e6
     print(f"Wrote {target}. The built-in models are {total:.1f} MB together.")

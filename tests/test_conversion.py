@@ -1,6 +1,8 @@
 import argparse
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from maskgit import HaltonScheduler, MaskGitDiTTransformer2DModel, MaskGitPipeline
 from maskgit.conversion import convert_halton_transformer, convert_llamagen_tokenizer
-from maskgit.conversion.folders import imagenet_labels
-from maskgit.conversion.halton import call_defaults
+from maskgit.conversion.folders import imagenet_labels, new_folder
+from maskgit.conversion.halton import PGM_BASELINE, call_defaults, check_fit, describe_transformer, make_scheduler
+from maskgit.pipelines.pipeline_maskgit import CALL_DEFAULTS
+from maskgit.presets import load_preset
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -178,7 +182,28 @@ def test_published_settings(hidden_size, num_layers, sample_size, guidance_scale
     config |= {"codebook_size": 16384, "num_classes": 1000}
     assert call_defaults(config) == {"guidance_scale": guidance_scale, "num_inference_steps": 32}
     assert call_defaults(config | {"num_classes": 10}) is None
-    assert call_defaults(config | {"sample_size": 32}) is None
+    assert call_defaults(config | {"sample_size": 48}) is None
+    assert make_scheduler(config).config.temperature_warmup_steps == 0
+
+
+def test_baseline_of_partition_generative_modeling():
+    config = {"hidden_size": 1024, "num_layers": 24, "sample_size": 32, "codebook_size": 16384, "num_classes": 1000}
+    preset = load_preset("pgm-maskgit-halton-32")
+    assert CALL_DEFAULTS | call_defaults(config) == CALL_DEFAULTS | preset.call
+    assert type(make_scheduler(config)).__name__ == preset.scheduler
+    expected = HaltonScheduler(mask_token_id=16384, **preset.scheduler_config).config
+    assert {name: value for name, value in make_scheduler(config).config.items() if name[0] != "_"} == {
+        name: value for name, value in expected.items() if name[0] != "_"
+    }
+    metrics = preset.published["metrics"]
+    assert (metrics["fid"], metrics["inception_score"]) == (PGM_BASELINE.fid, PGM_BASELINE.inception_score)
+    card = describe_transformer(config)
+    assert card.title == "Halton-MaskGIT baseline of Partition Generative Modeling, 256 px"
+    assert "| 32 | 2.0 | 5.35 | 267.5 |" in card.results and "deschenaux2026partition" in card.citation
+    assert "announced as MIT" in card.licence and card.base_model == "jdeschena/pgm"
+    check_fit(config, {"block_out_channels": [1] * 4})
+    with pytest.raises(ValueError, match="vq_ds8_c2i.pt.*16 x 16"):
+        check_fit(config, {"block_out_channels": [1] * 5})
 
 
 @pytest.fixture(scope="session")
@@ -313,6 +338,84 @@ def test_each_tensor_is_checked(name, step):
             assert f"missing: {key};" in message
         for wrong in (tensor[..., :-1], tensor[None], torch.full_like(tensor, torch.nan), tensor.long()):
             assert f"wrong: {key} (" in refusal(convert_weights, published | {key: wrong})
+
+
+def test_what_is_missing_and_odd_is_named():
+    published = state_dict(manifest_of("transformer_tiny"))
+
+    def convert_weights(weights):
+        return convert_halton_transformer(weights, 4)
+
+    no_layers = {name: tensor for name, tensor in published.items() if not name.startswith("transformer.layers.")}
+    message = refusal(convert_weights, no_layers)
+    assert "missing: transformer.layers.0.mlp.1.weight" in message and "unknown" not in message
+    one = {"tok_emb.weight": published["tok_emb.weight"][:1], "head.weight": published["head.weight"][:1]}
+    one["head.bias"] = published["head.bias"][:1]
+    assert "tok_emb.weight has a single row" in refusal(convert_weights, published | one)
+    one = {"cls_emb.weight": published["cls_emb.weight"][:1]}
+    assert "cls_emb.weight has a single row" in refusal(convert_weights, published | one)
+    for name, change, expected in (
+        ("head.bias", lambda tensor: tensor[0], "a single number instead of 129"),
+        ("pos_emb.weight", torch.Tensor.to_sparse, "torch.sparse_coo instead of a dense tensor"),
+        ("pos_emb.weight", lambda tensor: tensor.to("meta"), "without values instead of a dense tensor"),
+    ):
+        assert f"wrong: {name} ({expected})" in refusal(convert_weights, published | {name: change(published[name])})
+
+
+def test_parameters_are_tensors(tmp_path):
+    weights = {name: torch.nn.Parameter(value) for name, value in state_dict(manifest_of("transformer_noreg")).items()}
+    torch.save({"model_state_dict": weights}, tmp_path / "file.pth")
+    arguments = ["--transformer", tmp_path / "file.pth", "--num_attention_heads", 2]
+    assert convert(*arguments, "--output_dir", tmp_path / "out") == 0
+
+
+def test_written_files_have_the_usual_mode(files, tmp_path):
+    arguments = ["--transformer", files["transformer_noreg"], "--num_attention_heads", 2]
+    old = os.umask(0o027)
+    try:
+        assert convert(*arguments, "--output_dir", tmp_path / "out") == 0
+    finally:
+        os.umask(old)
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or path.stat().st_mode & 0o777 == 0o640, path
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_conversions_leave_nothing(number, code, files, tmp_path, capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(script, "write_card", lambda *_: signal.raise_signal(number))
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine.txt").write_text("keep")
+    arguments = ["--transformer", files["transformer_noreg"], "--num_attention_heads", 2, "--overwrite"]
+    assert convert(*arguments, "--output_dir", output) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "stopped; nothing was written" in line] == lines[-1:]
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_old_folder_survives_a_stop_while_it_is_replaced(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine.txt").write_text("keep")
+    rename = Path.rename
+
+    def stopped(path, target):
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt), new_folder(output, overwrite=True):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+def test_wrong_options_are_one_line(tmp_path, capsys):
+    for wrong in (["--nonsense", "1"], ["--num_attention_heads", "many"]):
+        assert wrong[0] in refused(capsys, *wrong, "--transformer", "x", "--output_dir", tmp_path / "out")
+    assert "--output_dir" in refused(capsys, "--transformer", "x")
 
 
 def test_untied_head_is_refused(tmp_path, capsys):

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import math
 import sys
 import zipfile
 from pathlib import Path
@@ -408,9 +409,12 @@ def test_heads(files, tmp_path, capsys):
     arguments = ["maskgit-torch", "--transformer", files["maskgit-torch", "transformer"], "--codebook_size", 32]
     arguments += ["--output_dir", tmp_path / "out"]
     assert "5 attention heads do not divide the 64 channels" in refused(capsys, *arguments, "--num_attention_heads", 5)
-    assert convert(*arguments) == 0
-    model = MaskGitBertTransformer2DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
-    assert model.config.num_attention_heads == 16  # the published number
+    assert "no published model is 64 channels wide" in refused(capsys, *arguments)
+    weights = state_dict(golden("maskgit_google/hmori_transformer_tiny"))
+    for name, tensor in weights.items():  # the published width
+        sizes = [size if size in (10, 17, 32, 43, 128) else size * 12 for size in tensor.shape]
+        weights[name] = torch.zeros(sizes)
+    assert convert_torch_transformer(weights, codebook_size=32).config["num_attention_heads"] == 16
     flax = state_dict(golden("maskgit_google/flax_transformer_tiny"))
     flax = {name: tensor for name, tensor in flax.items() if "self_attention" not in name}
     for i in range(2):
@@ -426,7 +430,8 @@ def test_rectangular_grid():
     flax = state_dict(golden("maskgit_google/flax_transformer_tiny"))
     flax["Embed_0/position_embeddings/embedding"] = torch.randn(13, 64)
     assert "--sample_size H W" in refusal(convert_flax_transformer, flax, codebook_size=32)
-    assert "no grid of the 12" in refusal(convert_flax_transformer, flax, codebook_size=32, sample_size=(2, 5))
+    message = refusal(convert_flax_transformer, flax, codebook_size=32, sample_size=(2, 5))
+    assert "no grid of the 12" in message and "Embed_0/position_embeddings/embedding" in message
     assert convert_flax_transformer(flax, codebook_size=32, sample_size=(3, 4)).config["sample_size"] == (3, 4)
 
 
@@ -442,6 +447,17 @@ def test_muse_config():
     assert "num_attention_heads" in refusal(convert_muse_transformer, weights, config | {"num_attention_heads": "4"})
     assert "3 attention heads" in refusal(convert_muse_transformer, weights, config | {"num_attention_heads": 3})
     assert "codebook_size" in refusal(convert_muse_transformer, weights, without("codebook_size"))
+    for name, wrong in (
+        ("layer_norm_eps", math.nan),
+        ("layer_norm_eps", math.inf),
+        ("hidden_dropout", 1.5),
+        ("hidden_dropout", -0.1),
+        ("num_classes", True),
+    ):
+        assert f"{name} in the config.json is" in refusal(convert_muse_transformer, weights, config | {name: wrong})
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "num_hidden_layers"):
+        message = refusal(convert_muse_transformer, weights, config | {name: config[name] + 1})
+        assert f"{name} in the config.json is {config[name] + 1}, but {config[name]} by the tensors" in message
     assert "do not make the 1035" in refusal(convert_muse_transformer, weights, config | {"num_classes": 11})
     assert "mask_token_id" in refusal(convert_muse_transformer, weights, config | {"mask_token_id": 1024})
     assert "1000 classes" in refusal(convert_muse_transformer, weights, {})
@@ -528,6 +544,8 @@ def test_googles_tokenizer_serves_open_muses_transformers(files, tmp_path):
     assert parts[0].config == parts[1].config | {"_name_or_path": parts[0].config["_name_or_path"]}
     for name, tensor in parts[0].state_dict().items():
         assert torch.equal(tensor, parts[1].state_dict()[name])
+    card = (tmp_path / "muse" / "README.md").read_text()
+    assert "[google-research/maskgit]" in card and "UnlockMGM" not in card
 
 
 @pytest.mark.parametrize("kind", ["transformer", "tokenizer"])

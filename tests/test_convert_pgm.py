@@ -195,8 +195,22 @@ def test_each_tensor_is_checked():
             assert f"wrong: {key} (" in refusal(published | {key: wrong}), key
 
 
+def test_missing_stacks_are_named():
+    published = state_dict(manifest_of("tiny_train"))
+    for stack, first in (("encoder.blocks.", "norm1"), ("decoder.layers.", "q_norm1")):
+        message = refusal({name: tensor for name, tensor in published.items() if not name.startswith(stack)})
+        assert f"missing: {stack}0.{first}.weight" in message and "unknown" not in message
+        assert message.count(f"{stack}0.attn_out.weight") <= 1
+    key = "encoder.blocks.0.attn_qkv.weight"  # the source of three tensors
+    assert refusal({name: tensor for name, tensor in published.items() if name != key}).count(key) == 1
+
+
 def test_sizes_that_do_not_fit():
     weights = state_dict(manifest_of("tiny_train"))
+    rows = ("vocab_embed.embedding", "output_layer.linear.weight", "output_layer.linear.bias")
+    assert "there must be codes" in refusal(weights | {name: weights[name][:2] for name in rows})
+    classes = "cls_embed.embedding_table.weight"
+    assert "single row" in refusal(weights | {classes: weights[classes][:1]})
     assert "5 frequencies" in refusal(weights | {"rotary_emb.inv_freq": torch.ones(5)})
     assert "3 registers" in refusal(weights | {"reg_tokens.weight": torch.ones(3, 64)})
     assert "no grid" in refusal(weights, sample_size=(0, 16))
@@ -219,7 +233,9 @@ def test_both_parts_make_a_pipeline(tokenizer, tmp_path, capsys):
     file = checkpoint(GOLDEN / "tiny_infer.json", tmp_path / "file.ckpt")
     parts = ["--transformer", file, "--tokenizer", tokenizer, "--output_dir", tmp_path / "out"]
     assert convert(*parts, "--sample_size", 4, 4) == 0
-    assert "(the mask token, which is never read nor predicted), iter, global_epoch" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "(the mask token, which is never read nor predicted), iter, global_epoch" in printed
+    assert "query_mode is that of the published model" in printed and "sample_size is that" not in printed
     pipe = MaskGitPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.scheduler, HaltonScheduler) and pipe.scheduler.config.temperature_warmup_steps == 1

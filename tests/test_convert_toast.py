@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from maskgit import MaskGitBertTransformer2DModel, MaskGitPipeline, MaskGitVQModel, SelfGuidedScheduler, ToastAdapter
 from maskgit.conversion.checkpoints import ConversionError
 from maskgit.conversion.maskgit_google import split_toast
-from maskgit.conversion.unlockmgm import call_defaults, convert_toast, make_scheduler
+from maskgit.conversion.unlockmgm import call_defaults, convert_toast, describe_toast, make_scheduler
 
 
 GOLDEN = Path(__file__).parent / "golden" / "unlockmgm"
@@ -146,6 +146,7 @@ def test_what_does_not_belong_together_is_refused(files, tmp_path, capsys):
     output = tmp_path / "out"
     message = refused(capsys, "--toast", files["toast"], "--transformer", files["other"], "--output_dir", output)
     assert "trained on another transformer" in message and "token_embed.weight" in message
+    assert "--transformer PATH, --toast PATH" in refused(capsys, "--output_dir", output)
     message = refused(capsys, "--toast", files["base"], "--output_dir", output)
     assert "holds no self-guidance adapter" in message and "ema_model" in message
     message = refused(capsys, "--transformer", files["toast"], "--output_dir", output)
@@ -203,3 +204,5 @@ def test_published_sizes():
     with torch.device("meta"):
         toast = ToastAdapter()
     assert len(toast.state_dict()) == 56
+    assert "50,000 steps of batch 256" in describe_toast(toast.config).training
+    assert not describe_toast(dict(toast.config) | {"num_layers": 3}).training

@@ -135,7 +135,8 @@ def read_weights(path: str | Path, trust_pickle: bool = False) -> tuple[dict[str
     if key is not None:
         others = [str(name) for name in entries if name != key]
         entries = entries[key]
-    weights = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
+    # Parameters are tensors that require a gradient.
+    weights = {name: value.detach() for name, value in entries.items() if isinstance(value, torch.Tensor)}
     others += [str(name) for name in entries if name not in weights]
     if not weights:
         held = f"a dict of {_listed(map(str, entries))}" if entries else f"a {type(contents).__name__}"
@@ -185,13 +186,18 @@ def rename_tensors(weights: Mapping[str, torch.Tensor], renames: list[Rename], w
             or tensor.numel() == 0
         ):
             expected = " x ".join(str(size or "?") for size in shape)
-            wrong.append(f"{rename.source} ({' x '.join(map(str, tensor.shape))} instead of {expected})")
+            actual = " x ".join(map(str, tensor.shape)) or "a single number"
+            wrong.append(f"{rename.source} ({actual} instead of {expected})")
+        elif tensor.layout != torch.strided or tensor.is_meta:
+            wrong.append(
+                f"{rename.source} ({'without values' if tensor.is_meta else tensor.layout} instead of a dense tensor)"
+            )
         elif not tensor.is_floating_point():
             wrong.append(f"{rename.source} ({tensor.dtype} instead of a float type)")
         elif not tensor.isfinite().all():
             wrong.append(f"{rename.source} (has infinite or undefined values)")
     problems = [
-        f"{kind}: {_listed(names)}"
+        f"{kind}: {_listed(dict.fromkeys(names))}"  # a tensor that is taken apart has several targets
         for kind, names in {"missing": missing, "unknown": unknown, "wrong": wrong}.items()
         if names
     ]

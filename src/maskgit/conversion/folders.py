@@ -2,8 +2,11 @@
 """Converted models as folders: written whole or not at all, and loaded again before they are shown."""
 
 import inspect
+import os
 import shutil
+import signal
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,9 +27,27 @@ def imagenet_labels() -> dict[int, str]:
 
 
 @contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM ends the program as an exception, so that what was begun is put away."""
+    if threading.current_thread() is not threading.main_thread():  # only this one may handle signals
+        yield
+        return
+
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
 def new_folder(output_dir: str | Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> Iterator[Path]:
     """
-    A folder to write in that becomes `output_dir` at the end, and vanishes if anything fails before.
+    A folder to write in that becomes `output_dir` at the end, and vanishes if anything fails before, or the program is
+    stopped.
 
     Args:
         output_dir (`str` or `Path`): The folder to make.
@@ -43,6 +64,11 @@ def new_folder(output_dir: str | Path, overwrite: bool, inputs: Sequence[str | P
             if Path(path).resolve().is_relative_to(output):
                 raise ConversionError(f"overwriting {output_dir} would delete {path}: choose another --output_dir.")
     parent = next(folder for folder in output.parents if folder.exists())
+    with _terminable():
+        yield from _staged(output, output_dir, parent)
+
+
+def _staged(output: Path, output_dir: str | Path, parent: Path) -> Iterator[Path]:
     try:
         staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
     except OSError as error:
@@ -52,18 +78,26 @@ def new_folder(output_dir: str | Path, overwrite: bool, inputs: Sequence[str | P
         folder.mkdir()
         yield folder
         output.parent.mkdir(parents=True, exist_ok=True)
-        if output.exists():
-            output.rename(old)
         try:
+            if output.exists():
+                output.rename(old)
             folder.rename(output)
-        except OSError:
-            if old.exists():
+        except BaseException:
+            if old.exists() and not output.exists():
                 old.rename(output)
             raise
     except SafetensorError as error:
         raise ConversionError(f"the weights cannot be written to {output_dir}: {one_line(error)}") from None
     finally:
         shutil.rmtree(staging)
+
+
+def make_readable(folder: Path) -> None:
+    """Gives the weights below `folder` the mode of other new files; safetensors writes them for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
 
 
 def _build(model_class: type[ModelMixin], converted: Converted) -> ModelMixin:
@@ -103,6 +137,7 @@ def write_models(folder: Path, models: dict[str, tuple[type[ModelMixin], Convert
                 shutil.copyfile(source, folder / name / source.name)
         del model
     del built
+    make_readable(folder)
 
     loaded = {}
     for name, model_class in classes.items():

@@ -10,6 +10,8 @@ import torch
 from ..schedulers import HaltonScheduler
 from .cards import Card
 from .checkpoints import ConversionError, Converted, Rename, common_size, count_indices, rename_tensors
+from .pgm import CITATION as PGM_CITATION
+from .pgm import LICENCE as PGM_LICENCE
 
 
 # Heads cannot be read from tensors. The published sizes, hidden size -> heads:
@@ -24,8 +26,10 @@ class PublishedResult:
     image_size: int
     guidance_weight: float
     fid: float
-    inception_score: int
+    inception_score: float
     downsampling: int = 16
+    tokenizer: str = "vq_ds16_c2i.pt"
+    temperature_warmup_steps: int = 0
     num_inference_steps: int = 32
 
 
@@ -38,17 +42,30 @@ PUBLISHED_RESULTS = {
     (768, 12, 24): PublishedResult("base", 384, 0.7, 4.15, 257),
     (1024, 24, 24): PublishedResult("large", 384, 0.5, 2.59, 281),
 }
+# The MaskGIT that Partition Generative Modeling compares with (maskgit_100epochs.ckpt): the same architecture.
+PGM_BASELINE_SIZES = (1024, 24, 32)
+PGM_BASELINE = PublishedResult(
+    "baseline of Partition Generative Modeling",
+    256,
+    1.0,
+    5.35,
+    267.5,
+    downsampling=8,
+    tokenizer="vq_ds8_c2i.pt",
+    temperature_warmup_steps=1,
+)
 
 
 def published_result(config: Mapping) -> PublishedResult | None:
     """The published result of a transformer of this config; None for other sizes, codebooks or numbers of classes."""
     if (config["codebook_size"], config["num_classes"]) != (16384, 1000):
         return None
-    return PUBLISHED_RESULTS.get((config["hidden_size"], config["num_layers"], config["sample_size"]))
+    sizes = (config["hidden_size"], config["num_layers"], config["sample_size"])
+    return PGM_BASELINE if sizes == PGM_BASELINE_SIZES else PUBLISHED_RESULTS.get(sizes)
 
 
 def _renames(weights: Mapping[str, torch.Tensor]) -> list[Rename]:
-    num_layers = count_indices(weights, "transformer.layers.")
+    num_layers = max(count_indices(weights, "transformer.layers."), 1)
     layers = [f"transformer.layers.{i}." for i in range(num_layers)]
     hidden = common_size(
         weights,
@@ -135,6 +152,9 @@ def convert_halton_transformer(
         raise ConversionError(
             "head.weight differs from tok_emb.weight, but Halton-MaskGIT ties them: this is another model."
         )
+    for name, source, rest in (("token", "tok_emb", "the mask"), ("class", "cls_emb", '"no class"')):
+        if len(state_dict[f"{name}_embed.weight"]) < 2:
+            raise ConversionError(f"{source}.weight has a single row, that of {rest}: this is no trained model.")
     hidden_size = state_dict["token_embed.weight"].shape[1]
     num_positions = len(state_dict["position_embed.weight"])
     side = math.isqrt(num_positions)
@@ -174,14 +194,18 @@ def check_fit(transformer: Mapping, tokenizer: Mapping) -> None:
     if published is not None and factor != published.downsampling:
         raise ConversionError(
             f"the transformer is the published {published.name} for {published.image_size} pixels, of a tokenizer that "
-            f"makes one token of {published.downsampling} x {published.downsampling} pixels (vq_ds16_c2i.pt), but this "
+            f"makes one token of {published.downsampling} x {published.downsampling} pixels ({published.tokenizer}), but this "
             f"tokenizer makes one of {factor} x {factor}: they do not belong together."
         )
 
 
 def make_scheduler(transformer: Mapping) -> HaltonScheduler:
     """The published sampler."""
-    return HaltonScheduler(mask_token_id=transformer["codebook_size"])
+    published = published_result(transformer)
+    return HaltonScheduler(
+        mask_token_id=transformer["codebook_size"],
+        temperature_warmup_steps=0 if published is None else published.temperature_warmup_steps,
+    )
 
 
 def call_defaults(transformer: Mapping) -> dict | None:
@@ -208,20 +232,28 @@ CITATION = """\
 def describe_transformer(config: Mapping) -> Card:
     """The model card's part about a converted transformer."""
     title, base_model, results, training = "Halton-MaskGIT", None, "", ""
+    licence, citation = "Halton-MaskGIT, code and weights: MIT.", CITATION
     published = published_result(config)
     if published is not None:
         title += f" {published.name}, {published.image_size} px"
-        base_model = "llvictorll/Halton-Maskgit"
+        base_model, steps = "llvictorll/Halton-Maskgit", "1.5 million steps of batch 256"
+        protocol = "ImageNet, 50,000 images, Halton scheduler"
+        if published is PGM_BASELINE:
+            base_model, steps = "jdeschena/pgm", "100 epochs of batch 256"
+            protocol = (
+                "ImageNet 256 px, 50,000 images of the labels of the validation set, FID against its images (centre crops), "
+                "Halton scheduler; the published sampler drew all known tokens anew at every step, this one keeps them"
+            )
+            licence, citation = PGM_LICENCE, f"{PGM_CITATION}\n{CITATION}"
         results = (
-            "Published by the authors for their model of this size, not measured on this conversion: ImageNet, 50,000 "
-            "images, Halton scheduler.\n\n"
+            f"Published by the authors for their model of this size, not measured on this conversion: {protocol}.\n\n"
             "| steps | guidance_scale (1 + the paper's w) | FID | inception score |\n|---|---|---|---|\n"
             f"| {published.num_inference_steps} | {call_defaults(config)['guidance_scale']} | {published.fid} | "
             f"{published.inception_score} |"
         )
         training = (
-            "ImageNet-1k, training split, as tokens of the LlamaGen tokenizer; 1.5 million steps of batch 256, by the "
-            "authors. The model knows the 1000 classes of that data only, and shares its biases."
+            f"ImageNet-1k, training split, as tokens of the LlamaGen tokenizer; {steps}, by the authors. The model knows "
+            "the 1000 classes of that data only, and shares its biases."
         )
     return Card(
         title=title,
@@ -231,8 +263,8 @@ def describe_transformer(config: Mapping) -> Card:
         conversion="The two input matrices of each feed-forward layer were joined, and the output matrix, a copy of the token "
         "embedding, was left out; all other tensors were renamed only. On small random checkpoints the converted "
         "model's logits agree with those of the published code to 2e-4 (float32, CPU).",
-        licence="Halton-MaskGIT, code and weights: MIT.",
-        citation=CITATION,
+        licence=licence,
+        citation=citation,
         license="mit",
         base_model=base_model,
         results=results,

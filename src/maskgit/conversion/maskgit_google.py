@@ -5,6 +5,7 @@ google-research/maskgit (Flax), hmorimitsu/maskgit-torch, and open-muse with its
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +16,18 @@ from .checkpoints import ConversionError, Converted, Rename, count_indices, rena
 
 
 # Of the published transformers. The vocabulary holds the codes, the classes and the mask, in this order.
-CODEBOOK_SIZE, NUM_CLASSES, NUM_HEADS = 1024, 1000, 16
+CODEBOOK_SIZE, NUM_CLASSES, HIDDEN_SIZE, NUM_HEADS = 1024, 1000, 768, 16
 # Groups of the norms, which tensors do not tell; the same in all configurations of the three projects.
 NUM_GROUPS = 32
 # open-muse's own values of what a config.json leaves out.
 MUSE_DEFAULTS = {"num_attention_heads": 12, "layer_norm_eps": 1e-5, "hidden_dropout": 0.0}
+# Keys of open-muse's config.json that its tensors tell too.
+MUSE_SIZES = {
+    "vocab_size": "vocabulary",
+    "hidden_size": "hidden",
+    "intermediate_size": "intermediate",
+    "max_position_embeddings": "positions",
+}
 # What the names of a self-guidance adapter's tensors begin with.
 TOAST_TENSORS = ("top_down_transform", "cls_anchor_gen.", "decoders.")
 
@@ -200,18 +208,16 @@ def _split_vocabulary(vocabulary: int, codebook_size: int | None, num_classes: i
     return codebook_size, num_classes
 
 
-def _find_grid(num_tokens: int, sample_size: tuple[int, int] | None) -> int | tuple[int, int]:
+def _find_grid(num_positions: int, sample_size: tuple[int, int] | None, name: str) -> int | tuple[int, int]:
+    """The token grid behind `num_positions` rows of the table `name`, the first of which is the class's."""
+    num_tokens = num_positions - 1
     side = math.isqrt(num_tokens)
+    rows = f"the {num_tokens} image tokens that have a row in {name}, besides that of the class"
     if sample_size is not None:
         if min(sample_size) < 1 or math.prod(sample_size) != num_tokens:
-            raise ConversionError(
-                f"--sample_size {' '.join(map(str, sample_size))} is no grid of the {num_tokens} image tokens that have a "
-                "position."
-            )
+            raise ConversionError(f"--sample_size {' '.join(map(str, sample_size))} is no grid of {rows}.")
     elif side * side != num_tokens or side == 0:
-        raise ConversionError(
-            f"{num_tokens} image tokens have a position, which is no square grid: give its --sample_size H W."
-        )
+        raise ConversionError(f"{rows}, are no square grid: give its --sample_size H W.")
     return side if sample_size is None or sample_size[0] == sample_size[1] else sample_size
 
 
@@ -220,6 +226,7 @@ def _transformer_config(
     num_attention_heads: int,
     vocabulary: tuple[int, int],
     sample_size: tuple[int, int] | None,
+    position_table: str,
     **other,
 ) -> dict:
     """The config of converted tensors; `vocabulary` is the number of codes and of classes."""
@@ -231,7 +238,7 @@ def _transformer_config(
     return {
         "codebook_size": vocabulary[0],
         "num_classes": vocabulary[1],
-        "sample_size": _find_grid(len(state_dict["position_embed.weight"]) - 1, sample_size),
+        "sample_size": _find_grid(len(state_dict["position_embed.weight"]), sample_size, position_table),
         "hidden_size": hidden_size,
         "num_layers": count_indices(state_dict, "transformer_blocks."),
         "num_attention_heads": num_attention_heads,
@@ -267,7 +274,13 @@ def convert_flax_transformer(
         )
     vocabulary = _split_vocabulary(sizes["vocabulary"], codebook_size, num_classes)
     config = _transformer_config(
-        state_dict, sizes["heads"], vocabulary, sample_size, activation_fn="gelu-approximate", norm_eps=1e-12
+        state_dict,
+        sizes["heads"],
+        vocabulary,
+        sample_size,
+        "Embed_0/position_embeddings/embedding",
+        activation_fn="gelu-approximate",
+        norm_eps=1e-12,
     )
     return Converted(config, state_dict, [])
 
@@ -284,7 +297,8 @@ def convert_torch_transformer(
 
     Args:
         weights (`Mapping[str, torch.Tensor]`): The checkpoint's `state_dict`.
-        num_attention_heads (`int`, *optional*): Heads, which cannot be read from the tensors. Defaults to the published 16.
+        num_attention_heads (`int`, *optional*): Heads, which cannot be read from the tensors. Defaults to the published 16
+            where the width is the published one.
         codebook_size, num_classes, sample_size: As for `convert_flax_transformer`.
     """
     tensors = list(_torch_transformer(weights))
@@ -296,14 +310,14 @@ def convert_torch_transformer(
             state_dict[name.replace("to_qkv", new)] = part
     vocabulary = _split_vocabulary(sizes["vocabulary"], codebook_size, num_classes)
     if num_attention_heads is None:
-        if sizes["hidden"] % NUM_HEADS:
+        if sizes["hidden"] != HIDDEN_SIZE:
             raise ConversionError(
-                f"published models have {NUM_HEADS} attention heads, which do not divide the {sizes['hidden']} channels of "
-                "this one's hidden states: give --num_attention_heads N."
+                f"no published model is {sizes['hidden']} channels wide, so the number of attention heads is not known: give it "
+                "as --num_attention_heads N."
             )
         num_attention_heads = NUM_HEADS
     config = _transformer_config(
-        state_dict, num_attention_heads, vocabulary, sample_size, activation_fn="gelu", norm_eps=1e-12
+        state_dict, num_attention_heads, vocabulary, sample_size, "pos_emb", activation_fn="gelu", norm_eps=1e-12
     )
     return Converted(config, state_dict, [])
 
@@ -342,9 +356,20 @@ def convert_muse_transformer(
     }
     values = MUSE_DEFAULTS | {name: config[name] for name in published if name in config} if config else published
     for name in published:
-        kinds = (int, float) if name in ("layer_norm_eps", "hidden_dropout") else int
-        if not isinstance(values.get(name), kinds) or values[name] < 0:
+        kinds = (int, float) if name in ("layer_norm_eps", "hidden_dropout") else (int,)
+        largest = 1 if name == "hidden_dropout" else sys.float_info.max
+        # NaN is in no range, and a truth value is an int for Python.
+        if type(values.get(name)) not in kinds or not 0 <= values[name] <= largest:
             raise ConversionError(f"{name} in the config.json is {values.get(name)!r}, not a number as expected.")
+    num_layers = count_indices(state_dict, "transformer_blocks.")
+    for name, size in {
+        "num_hidden_layers": num_layers,
+        **{key: sizes[kind] for key, kind in MUSE_SIZES.items()},
+    }.items():
+        if config.get(name, size) != size:
+            raise ConversionError(
+                f"{name} in the config.json is {config[name]!r}, but {size} by the tensors: they do not belong together."
+            )
     vocabulary = _split_vocabulary(sizes["vocabulary"], values["codebook_size"], values["num_classes"])
     if config.get("mask_token_id", sizes["vocabulary"] - 1) != sizes["vocabulary"] - 1:
         raise ConversionError(
@@ -356,6 +381,7 @@ def convert_muse_transformer(
         values["num_attention_heads"],
         vocabulary,
         sample_size,
+        "embed.position_embeddings.weight",
         activation_fn="gelu",
         norm_eps=values["layer_norm_eps"],
         dropout=values["hidden_dropout"],
@@ -529,8 +555,6 @@ def convert_torch_tokenizer(weights: Mapping[str, torch.Tensor]) -> Converted:
 
 def convert_muse_tokenizer(weights: Mapping[str, torch.Tensor], config: Mapping) -> Converted:
     """
-    A tokenizer of open-muse's models as a `MaskGitVQModel`: a `MaskGitVQGAN`, whose tensors tell all that `config`, its
-    config.json, says, or Google's own.
+    open-muse's tokenizer, a `MaskGitVQGAN`, as a `MaskGitVQModel`. Tensors tell all that `config`, its config.json, says.
     """
-    names = _flax_tokenizer(weights) if any("/" in name for name in weights) else _muse_tokenizer(weights)
-    return _convert_tokenizer(weights, names, norm_eps=1e-6)
+    return _convert_tokenizer(weights, _muse_tokenizer(weights), norm_eps=1e-6)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..schedulers import ConfidenceScheduler, SelfGuidedScheduler
 from .cards import Card
-from .maskgit_google import CODEBOOK_SIZE, NUM_CLASSES, NUM_HEADS
+from .maskgit_google import CODEBOOK_SIZE, HIDDEN_SIZE, NUM_CLASSES, NUM_HEADS
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Project:
     citations: tuple[str, ...]
     results: tuple[PublishedResult, ...]
     reconstruction: str = ""
+    papers: str = "[paper](https://arxiv.org/abs/2202.04200)"
 
 
 GOOGLE_CITATION = """\
@@ -99,6 +100,8 @@ PROJECTS = {
         citations=(GOOGLE_CITATION, UNLOCKMGM_CITATION),
         results=GOOGLE_RESULTS,
         reconstruction=GOOGLE_RECONSTRUCTION,
+        papers="[paper](https://arxiv.org/abs/2410.13136); the weights are those of "
+        "[MaskGIT](https://github.com/google-research/maskgit), [paper](https://arxiv.org/abs/2202.04200)",
     ),
 }
 
@@ -128,10 +131,7 @@ def muse_call_defaults(transformer: Mapping) -> dict:
 
 
 def _format(project: Project) -> str:
-    return (
-        f"in the format of [{project.url.rpartition('github.com/')[2]}]({project.url}) "
-        "([paper](https://arxiv.org/abs/2202.04200))"
-    )
+    return f"in the format of [{project.url.rpartition('github.com/')[2]}]({project.url}) ({project.papers})"
 
 
 def describe_transformer(source: str, config: Mapping) -> Card:
@@ -139,7 +139,7 @@ def describe_transformer(source: str, config: Mapping) -> Card:
     project = PROJECTS[source]
     title, results, training = project.name, "", ""
     sizes = ("codebook_size", "num_classes", "hidden_size", "num_layers", "num_attention_heads", "intermediate_size")
-    if [config[name] for name in sizes] == [CODEBOOK_SIZE, NUM_CLASSES, 768, 24, NUM_HEADS, 3072]:
+    if [config[name] for name in sizes] == [CODEBOOK_SIZE, NUM_CLASSES, HIDDEN_SIZE, 24, NUM_HEADS, 3072]:
         # 16 x 16 pixels a token
         rows = [result for result in project.results if config["sample_size"] == result.image_size // 16]
         if rows:

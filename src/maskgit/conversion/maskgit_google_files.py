@@ -122,16 +122,3 @@ def read_muse_folder(path: str | Path, trust_pickle: bool = False) -> tuple[dict
     if not isinstance(config, dict):
         raise ConversionError(f"{config_path} is not the config of a model.")
     return weights, others, config
-
-
-def read_muse_tokenizer(
-    path: str | Path, trust_pickle: bool = False
-) -> tuple[dict[str, torch.Tensor], list[str], dict]:
-    """
-    Reads a tokenizer for open-muse's models: one of its own as `read_muse_folder` does, or Google's file, which has no suffix.
-    open-muse publishes none for 512 px.
-    """
-    path = Path(path)
-    if path.is_file() and not path.suffix:
-        return *read_flax(path, trust_pickle), {}
-    return read_muse_folder(path, trust_pickle)

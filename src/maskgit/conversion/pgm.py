@@ -142,8 +142,8 @@ def convert_pgm_transformer(
         sample_size (`tuple[int, int]`, *optional*): Height and width of the token grid, which cannot be read from the tensors
             either. Defaults to the published models' 32 x 32.
     """
-    num_layers = count_indices(weights, "encoder.blocks.")
-    num_decoder_layers = count_indices(weights, "decoder.layers.")
+    num_layers = max(count_indices(weights, "encoder.blocks."), 1)
+    num_decoder_layers = max(count_indices(weights, "decoder.layers."), 1)
     own = []  # decoder blocks that attend to the queries of their own group, as encoder blocks do
     for i in range(num_decoder_layers):
         votes = {
@@ -157,6 +157,15 @@ def convert_pgm_transformer(
 
     frequencies = state_dict.pop("rotary_frequencies")
     codebook_size, hidden_size = state_dict["token_embed.weight"].shape
+    if codebook_size < 1:
+        raise ConversionError(
+            f"vocab_embed.embedding has {len(weights['vocab_embed.embedding'])} rows, but besides the mask and the begin of the "
+            "sequence there must be codes: this is no trained model."
+        )
+    if len(state_dict["class_embed.weight"]) < 2:
+        raise ConversionError(
+            'cls_embed.embedding_table.weight has a single row, that of "no class": this is no trained model.'
+        )
     num_attention_heads, left = divmod(hidden_size, 2 * len(frequencies))
     if left or num_attention_heads == 0:
         raise ConversionError(
@@ -217,6 +226,7 @@ def call_defaults(transformer: Mapping) -> dict | None:
     }
 
 
+LICENCE = "Partition Generative Modeling, code and weights: announced as MIT by its authors."
 CITATION = """\
 @inproceedings{deschenaux2026partition,
   title     = {Partition Generative Modeling: Masked Modeling Without Masks},
@@ -258,7 +268,7 @@ def describe_transformer(config: Mapping) -> Card:
         "were renamed only. On small random checkpoints the converted model's logits agree with those of the published code "
         "to 2e-4 (float32, CPU). The published samplers hide the last known token from the model by mistake, this one does not: "
         "`published_lengths` in the transformer's config brings that back.",
-        licence="Partition Generative Modeling, code and weights: announced as MIT by its authors.",
+        licence=LICENCE,
         citation=CITATION,
         license="mit",
         base_model=base_model,

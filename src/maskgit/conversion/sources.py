@@ -4,6 +4,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin, VQModel
@@ -19,7 +20,7 @@ from ..models import (
 from . import halton, llamagen, maskgit_google, maskgit_google_cards, maskgit_v1, pgm, taming, unlockmgm
 from .cards import Card
 from .checkpoints import ConversionError, Converted, read_weights
-from .maskgit_google_files import read_flax, read_muse_folder, read_muse_tokenizer
+from .maskgit_google_files import read_flax, read_muse_folder
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Part:
             perhaps the config that lay beside them.
         options (`tuple[str, ...]`): What `convert` must be told because tensors do not tell it: names of command line options
             and keyword arguments.
+        assumed (`tuple[str, ...]`): Those of `options` for which `convert` takes the published value where it is not told.
+        flax (`Part`, *optional*): What converts Google's own files, which have no suffix, where these are taken too.
     """
 
     files: str
@@ -44,6 +47,12 @@ class Part:
     describe: Callable[[Mapping], Card]
     read: Callable = read_weights
     options: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+    flax: "Part | None" = None
+
+    def for_file(self, file: str | Path) -> "Part":
+        """What converts this file."""
+        return self.flax if self.flax is not None and Path(file).is_file() and not Path(file).suffix else self
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,14 @@ LLAMAGEN_TOKENIZER = Part(
     describe=llamagen.describe_tokenizer,
 )
 
+FLAX_TOKENIZER = Part(
+    files="tokenizer_imagenet{256,512}_checkpoint",
+    model_class=MaskGitVQModel,
+    convert=maskgit_google.convert_flax_tokenizer,
+    describe=partial(maskgit_google_cards.describe_tokenizer, "maskgit-jax"),
+    read=read_flax,
+)
+
 SOURCES = {
     "halton": Source(
         summary="Halton-MaskGIT transformer, LlamaGen tokenizer",
@@ -104,6 +121,7 @@ SOURCES = {
             convert=halton.convert_halton_transformer,
             describe=halton.describe_transformer,
             options=("num_attention_heads", "sample_size"),
+            assumed=("num_attention_heads",),
         ),
         tokenizer=LLAMAGEN_TOKENIZER,
         make_scheduler=halton.make_scheduler,
@@ -118,6 +136,7 @@ SOURCES = {
             convert=maskgit_v1.convert_v1_transformer,
             describe=maskgit_v1.describe_transformer,
             options=("num_attention_heads", "codebook_size", "num_classes"),
+            assumed=("num_attention_heads",),
         ),
         tokenizer=Part(
             files="last.ckpt",
@@ -140,13 +159,7 @@ SOURCES = {
             read=read_flax,
             options=("codebook_size", "num_classes", "sample_size"),
         ),
-        tokenizer=Part(
-            files="tokenizer_imagenet{256,512}_checkpoint",
-            model_class=MaskGitVQModel,
-            convert=maskgit_google.convert_flax_tokenizer,
-            describe=partial(maskgit_google_cards.describe_tokenizer, "maskgit-jax"),
-            read=read_flax,
-        ),
+        tokenizer=FLAX_TOKENIZER,
         make_scheduler=maskgit_google_cards.make_scheduler,
         call_defaults=maskgit_google_cards.call_defaults,
     ),
@@ -158,6 +171,7 @@ SOURCES = {
             convert=maskgit_google.convert_torch_transformer,
             describe=partial(maskgit_google_cards.describe_transformer, "maskgit-torch"),
             options=("num_attention_heads", "codebook_size", "num_classes", "sample_size"),
+            assumed=("num_attention_heads",),
         ),
         tokenizer=Part(
             files="tokenizer_imagenet{256,512}.ckpt",
@@ -184,7 +198,8 @@ SOURCES = {
             model_class=MaskGitVQModel,
             convert=maskgit_google.convert_muse_tokenizer,
             describe=partial(maskgit_google_cards.describe_tokenizer, "unlockmgm"),
-            read=read_muse_tokenizer,
+            read=read_muse_folder,
+            flax=FLAX_TOKENIZER,  # open-muse publishes none for 512 px
         ),
         make_scheduler=maskgit_google_cards.make_muse_scheduler,
         call_defaults=maskgit_google_cards.muse_call_defaults,
@@ -209,6 +224,7 @@ SOURCES = {
             convert=pgm.convert_pgm_transformer,
             describe=pgm.describe_transformer,
             options=("query_mode", "sample_size"),
+            assumed=("query_mode", "sample_size"),
         ),
         tokenizer=LLAMAGEN_TOKENIZER,
         make_scheduler=pgm.make_scheduler,

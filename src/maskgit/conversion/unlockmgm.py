@@ -111,14 +111,22 @@ CITATION = """\
 
 def describe_toast(config: Mapping) -> Card:
     """The model card's part about a converted adapter."""
+    training = ""
+    if (config["hidden_size"], config["num_layers"], config["num_classes"]) == (768, 24, 1000):
+        training = (
+            "Adapter: ImageNet-1k, training split, 50,000 steps of batch 256 with the transformer frozen, by the configs of "
+            "[UnlockMGM](https://github.com/JiwanHur/UnlockMGM), whose authors publish it as "
+            "[HURJIWAN/UnlockMGM](https://huggingface.co/HURJIWAN/UnlockMGM)."
+        )
     return Card(
         title="UnlockMGM self-guidance adapter",
         summary="The adapter guides the transformer by itself: the difference between its plain prediction and that of a second, "
-        "smoothed pass sharpens each step of sampling. It is in the format of "
+        "smoothed pass sharpens each step of sampling. It is a [TOAST](https://arxiv.org/abs/2305.15542) adapter in the format of "
         "[UnlockMGM](https://github.com/JiwanHur/UnlockMGM) ([paper](https://arxiv.org/abs/2410.13136)), converted for "
         "diffusers.",
         conversion="Adapter: its tensors were renamed, and two of them flattened; nothing else was changed. On small random "
         "checkpoints its features, the guided logits and the sampled tokens agree with those of the published code.",
         licence="JiwanHur/UnlockMGM, which publishes the adapter, has no licence file: ask its authors before you pass it on.",
         citation=CITATION,
+        training=training,
     )
