@@ -513,11 +513,9 @@ def test_real_network_on_real_images(inception_weights):
     statistics = {name: Statistics.of(values) for name, values in project(features).items()}
     distances = {name: frechet_distance(values, statistics["first"]) for name, values in statistics.items()}
     assert distances["first"] == pytest.approx(0, abs=1e-3)
-    assert distances["second"] < 0.9 * min(
-        value for name, value in distances.items() if name not in ("first", "second")
-    )
-    assert distances["second"] < distances["blurred 0.7"] < distances["blurred 2"]
-    assert distances["second"] < distances["noisy 8"] < distances["noisy 32"]
+    # So few images have large distances, which the copies make larger yet.
+    assert distances["second"] < distances["blurred 0.7"] < 0.8 * distances["blurred 2"]
+    assert distances["second"] < distances["noisy 8"] < 0.8 * distances["noisy 32"]
     covariance = statistics["first"].sigma, statistics["noisy 8"].sigma
     difference = statistics["first"].mu - statistics["noisy 8"].mu
     root = scipy.linalg.sqrtm(covariance[0] @ covariance[1]).real
@@ -531,7 +529,7 @@ def test_real_network_on_real_images(inception_weights):
 
 @pytest.mark.slow
 def test_real_network_on_the_command_line(inception_weights, tmp_path, capsys):
-    folder = write_folder(tmp_path / "images", random_images(12, 0, size=32))
+    folder = write_folder(tmp_path / "images", random_images(6, 0, size=32))
     arguments = ["--generated", str(folder), "--feature_extractor_weights", inception_weights]
     evaluate.main(
         [*arguments, "--reference", str(folder), "--metrics", "fid,prc", "--output", str(tmp_path / "result.json")]
@@ -539,21 +537,21 @@ def test_real_network_on_the_command_line(inception_weights, tmp_path, capsys):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["metrics"] == {"fid": pytest.approx(0, abs=1e-3), "precision": 1.0, "recall": 1.0}
     assert result["protocol"]["feature_layer"] == "2048"
-    assert "With 12 generated images, fewer than the 2048 features, FID is much too high" in result["warnings"][0]
+    assert "With 6 generated images, fewer than the 2048 features, FID is much too high" in result["warnings"][0]
 
     state = torch.load(inception_weights, weights_only=True)
     state |= {"fc.weight": torch.full((1008, 2048), torch.nan), "fc.bias": torch.full((1008,), torch.nan)}
     torch.save(state, tmp_path / "no_classifier.pth")
     arguments[-1] = str(tmp_path / "no_classifier.pth")
     with pytest.raises(SystemExit):
-        evaluate.main([*arguments, "--metrics", "isc"])
+        evaluate.main([*arguments, "--metrics", "isc", "--isc_splits", "2"])
     assert "has no classifier, which the Inception score needs: leave out isc" in capsys.readouterr().err
     # With a classifier, although a random one, there is a score.
     state |= {"fc.weight": torch.randn(1008, 2048), "fc.bias": torch.zeros(1008)}
     torch.save(state, tmp_path / "classifier.pth")
     arguments[-1] = str(tmp_path / "classifier.pth")
     evaluate.main([*arguments, "--metrics", "isc", "--isc_splits", "2", "--output", str(tmp_path / "isc.json")])
-    assert 1 <= json.loads((tmp_path / "isc.json").read_text())["metrics"]["inception_score"] <= 6
+    assert 1 <= json.loads((tmp_path / "isc.json").read_text())["metrics"]["inception_score"] <= 3
 
 
 def test_weights_that_are_not_those_of_the_package_are_refused(tmp_path, monkeypatch):
