@@ -734,3 +734,42 @@ def test_logits_that_overflowed_are_an_error(cls, top_k, value):
     logits[0, 2, 5] = value
     with pytest.raises(ValueError, match="not finite.*bfloat16"):
         scheduler.step(logits, 0, torch.full((1, 2, 2), MASK))
+
+
+def test_switching_to_another_scheduler_and_back_keeps_what_was_set(tmp_path):
+    settings = {"masking_schedule": "arccos", "progress": "elapsed_increments", "schedule_all_tokens": True}
+    ConfidenceScheduler(mask_token_id=9, choice_temperature=25.0, **settings).save_pretrained(tmp_path)
+    loaded = ConfidenceScheduler.from_pretrained(tmp_path)
+    for other in (HaltonScheduler, SelfGuidedScheduler):
+        back = ConfidenceScheduler.from_config(other.from_config(loaded.config).config)
+        assert {name: back.config[name] for name in settings} == settings
+        assert back.config.choice_temperature == 25.0
+    HaltonScheduler(mask_token_id=9, masking_schedule="cosine").save_pretrained(tmp_path)
+    loaded = HaltonScheduler.from_pretrained(tmp_path)
+    back = HaltonScheduler.from_config(ConfidenceScheduler.from_config(loaded.config).config)
+    assert back.config.masking_schedule == "cosine"
+
+
+def test_a_mask_token_given_by_position_is_kept_when_switching():
+    assert ConfidenceScheduler.from_config(HaltonScheduler(11).config).config.mask_token_id == 11
+
+
+def test_the_mask_tokens_logit_must_be_there_to_count():
+    scheduler = ConfidenceScheduler(mask_token_id=5, mask_logit_counts=True)
+    scheduler.set_timesteps(2)
+    tokens = torch.full((1, 4), 5)
+    for width in (5, 8):
+        with pytest.raises(ValueError, match="mask_logit_counts"):
+            scheduler.step(torch.zeros(1, 4, width), 1, tokens)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: HaltonScheduler(mask_token_id=5, softmax_temperature=1.0), "two positive numbers"),
+        (lambda: ConfidenceScheduler(mask_token_id=5).set_timesteps(3, temperature=-4.0), "negative"),
+    ],
+)
+def test_wrong_temperatures(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -539,3 +539,34 @@ def test_autocast_trains(query_mode):
         logits = model(tokens, labels, group_ids=groups).logits
     logits.float().square().mean().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("frequencies", [None, [1.0, 0.1]])
+def test_loading_in_half_precision_keeps_the_positions_apart(frequencies, tmp_path):
+    PartitionTransformer2DModel(
+        codebook_size=8,
+        num_classes=2,
+        sample_size=32,
+        hidden_size=8,
+        num_layers=1,
+        num_decoder_layers=1,
+        num_attention_heads=2,
+        rotary_frequencies=frequencies,
+    ).save_pretrained(tmp_path)
+    expected = PartitionTransformer2DModel.from_pretrained(tmp_path)
+    loaded = PartitionTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded.rotary, expected.rotary)
+    assert torch.equal(loaded.query_sinusoids, expected.query_sinusoids)
+
+
+def test_labels_and_groups_of_another_number_are_refused():
+    model = PartitionTransformer2DModel(
+        codebook_size=8, num_classes=2, sample_size=2, hidden_size=8, num_layers=1, num_decoder_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    tokens = torch.zeros(2, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="one label for each of the 2 images"):
+        model(tokens, torch.tensor([1]))
+    with pytest.raises(ValueError, match="one group for each token"):
+        model(tokens, torch.tensor([1, 0]), group_ids=torch.zeros(2, 3))

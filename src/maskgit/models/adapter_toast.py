@@ -62,7 +62,7 @@ class ToastAdapter(ModelMixin, ConfigMixin):
 
     _no_split_modules = ["ToastClassAnchor"]
     _repeated_blocks = ["ToastDecoder"]
-    _skip_layerwise_casting_patterns = ["embed", "norm", "factor_weights", "top_down_transform"]
+    _skip_layerwise_casting_patterns = ["embed", "norm"]
 
     @register_to_config
     def __init__(

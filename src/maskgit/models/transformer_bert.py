@@ -267,6 +267,11 @@ class MaskGitBertTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, Pef
                 f"{num_tokens} (sample_size {self.config.sample_size}). Call `resize_position_embeddings` for another "
                 "grid."
             )
+        if class_labels is not None and class_labels.shape != (len(input_ids),):
+            raise ValueError(
+                f"`class_labels` has the shape {tuple(class_labels.shape)}, but must hold one label for each of the "
+                f"{len(input_ids)} images."
+            )
         if top_down_features is None:
             top_down_features = [None] * len(self.transformer_blocks)
         elif len(top_down_features) != len(self.transformer_blocks):

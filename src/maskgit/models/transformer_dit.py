@@ -252,6 +252,11 @@ class MaskGitDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
                 f"{num_tokens} (sample_size {self.config.sample_size}). Call `resize_position_embeddings` for another "
                 "grid."
             )
+        if class_labels is not None and class_labels.shape != (len(input_ids),):
+            raise ValueError(
+                f"`class_labels` has the shape {tuple(class_labels.shape)}, but must hold one label for each of the "
+                f"{len(input_ids)} images."
+            )
         if class_labels is None:
             if not self.config.has_null_class:
                 raise ValueError("`class_labels` is needed: this transformer has no label for no class.")
@@ -307,6 +312,7 @@ class MaskGitDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
         nn.init.normal_(self.class_embed.weight, std=0.02)
         if self.config.has_null_class:
             self.class_embed.weight.data[-1] = old.data[-1]
+        self.class_embed.requires_grad_(old.requires_grad)
         self.register_to_config(num_classes=num_classes)
 
     def resize_position_embeddings(self, sample_size: int | tuple[int, int]) -> None:

@@ -232,7 +232,9 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         trained_sample_size (`int` or `tuple[int, int]`, *optional*): Token grid of the training, when `sample_size` is
             another one: positions are interpolated.
         published_lengths (`bool`, defaults to `False`): Whether sampling hides the last half-of-the-registers known tokens
-            from every attention, as the published samplers do by mistake: their lengths do not count the registers.
+            from every attention, as the published samplers do by mistake: their lengths do not count the registers. The
+            last are those of the highest positions, unless `known_positions` gives another order: to repeat a published
+            trajectory, give them in the order in which they were drawn.
     """
 
     _supports_gradient_checkpointing = True
@@ -324,8 +326,11 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
             for size in (config.sample_size, config.trained_sample_size or config.sample_size)
             for side in ((size, size) if isinstance(size, int) else size)
         )
-        rows = torch.linspace(0, trained_height - 1, height)
-        columns = torch.linspace(0, trained_width - 1, width)
+        # Loading in half precision makes that the default here, which has not as many numbers as there are places.
+        rows, columns = (
+            torch.arange(side, dtype=torch.float32) * ((trained - 1) / max(side - 1, 1))
+            for side, trained in ((height, trained_height), (width, trained_width))
+        )
         num_prefix = config.num_register_tokens + 1
         image = num_prefix + (rows[:, None] * trained_width + columns).flatten()
         places = torch.cat([torch.arange(num_prefix, dtype=image.dtype), image])
@@ -334,7 +339,7 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         if config.rotary_frequencies is None:
             frequencies = 1.0 / 10000 ** (torch.arange(0, head_dim, 2).float() / head_dim)
         else:
-            frequencies = torch.tensor(config.rotary_frequencies)
+            frequencies = torch.tensor(config.rotary_frequencies, dtype=torch.float32)
         angles = places[:, None] * frequencies
         # Not in the state dict, since they follow from the config: loaded in half precision, they stay float32.
         cos, sin = angles.cos(), angles.sin()
@@ -463,8 +468,20 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
                 f"`input_ids` has {input_ids.shape[1]} tokens an image, but this transformer has positions for {num_tokens} "
                 f"(sample_size {config.sample_size}). Call `resize_position_embeddings` for another grid."
             )
+        if class_labels is not None and class_labels.shape != (len(input_ids),):
+            raise ValueError(
+                f"`class_labels` has the shape {tuple(class_labels.shape)}, but must hold one label for each of the "
+                f"{len(input_ids)} images."
+            )
         if group_ids is not None and (positions is not None or known_positions is not None):
-            raise ValueError("With `group_ids` all tokens are known and predicted: leave out `positions`.")
+            raise ValueError(
+                "With `group_ids` all tokens are known and predicted: leave out `positions` and `known_positions`."
+            )
+        if group_ids is not None and group_ids.flatten(1).shape != input_ids.shape:
+            raise ValueError(
+                f"`group_ids` has the shape {tuple(group_ids.shape)}, but must hold one group for each token, "
+                f"{tuple(input_ids.shape)}."
+            )
         if class_labels is None:
             if not config.has_null_class:
                 raise ValueError("This transformer was trained without a 'no class' label: give `class_labels`.")
@@ -496,7 +513,7 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         shift, scale = self.adaln_out(conditioning)[:, None].chunk(2, dim=-1)
         hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
         num_logits = config.codebook_size + int(full_vocabulary)
-        logits = F.linear(hidden_states, self.proj_out.weight[:num_logits], self.proj_out.bias[:num_logits])
+        logits = self.proj_out(hidden_states)[..., :num_logits]
 
         if not return_dict:
             return (logits,)
@@ -519,6 +536,7 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         nn.init.normal_(self.class_embed.weight)
         if self.config.has_null_class:
             self.class_embed.weight.data[-1] = old.data[-1]
+        self.class_embed.requires_grad_(old.requires_grad)
         self.register_to_config(num_classes=num_classes)
 
     def resize_position_embeddings(self, sample_size: int | tuple[int, int]) -> None:

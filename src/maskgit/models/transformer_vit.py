@@ -261,6 +261,11 @@ class MaskGitViTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
                 f"{num_tokens} (sample_size {self.config.sample_size}). Call `resize_position_embeddings` for another "
                 "grid."
             )
+        if class_labels is not None and class_labels.shape != (len(input_ids),):
+            raise ValueError(
+                f"`class_labels` has the shape {tuple(class_labels.shape)}, but must hold one label for each of the "
+                f"{len(input_ids)} images."
+            )
         if class_labels is None:
             if not self.config.has_null_class:
                 raise ValueError("`class_labels` is needed: this transformer has no label for no class.")
@@ -321,8 +326,10 @@ class MaskGitViTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
         self.token_embed.weight.data[first + num_classes :] = old_embed.data[last:]
         new_bias = old_bias.new_zeros(len(old_bias), num_classes)  # never read: classes are not drawn
         self.output_bias = nn.Parameter(
-            torch.cat([old_bias.data[:, :first], new_bias, old_bias.data[:, last:]], dim=1)
+            torch.cat([old_bias.data[:, :first], new_bias, old_bias.data[:, last:]], dim=1),
+            requires_grad=old_bias.requires_grad,
         )
+        self.token_embed.requires_grad_(old_embed.requires_grad)
         self.register_to_config(num_classes=num_classes)
 
     def resize_position_embeddings(self, sample_size: int | tuple[int, int]) -> None:

@@ -17,6 +17,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
+# Those whose `full_vocabulary` logits are the codes' and then the mask token's.
+MASK_LOGIT_TRANSFORMERS = ("MaskGitDiTTransformer2DModel", "MaskGitViTTransformer2DModel")
 CALL_DEFAULTS = {
     "guidance_scale": 1.0,
     "guidance_schedule": "constant",
@@ -137,6 +139,15 @@ class MaskGitPipeline(DiffusionPipeline):
                 f"{type(self.scheduler).__name__} does not sample masked tokens: use a HaltonScheduler, ConfidenceScheduler, "
                 "SelfGuidedScheduler or AmusedScheduler."
             )
+        transformer = getattr(self.transformer, "_orig_mod", self.transformer)
+        if (
+            self.scheduler.config.get("mask_logit_counts")
+            and type(transformer).__name__ not in MASK_LOGIT_TRANSFORMERS
+        ):
+            raise ValueError(
+                f"The scheduler has `mask_logit_counts`, but a {type(transformer).__name__} has no logit of the mask token: "
+                "load the scheduler with mask_logit_counts=False."
+            )
         if self.scheduler.config.mask_token_id != codebook_size:
             raise ValueError(
                 f"The scheduler's mask_token_id is {self.scheduler.config.mask_token_id}, but this transformer's mask "
@@ -222,6 +233,16 @@ class MaskGitPipeline(DiffusionPipeline):
             raise ValueError(
                 "`self_guidance_scale` needs a `toast` adapter, and this pipeline has none: train one for its transformer "
                 "with train_toast.py, or leave the scale at 0."
+            )
+        # A BERT-style transformer has its mask token to hide the class with.
+        if (
+            self.toast.config.use_blank_second
+            and not transformer.config.has_null_class
+            and type(transformer).__name__ != "MaskGitBertTransformer2DModel"
+        ):
+            raise ValueError(
+                f"`self_guidance_scale` must be 0: this {type(transformer).__name__} was trained without a 'no class' label, "
+                "which the adapter's pass over a blank canvas needs."
             )
         for name in ("hidden_size", "num_layers", "num_classes"):
             if self.toast.config[name] != transformer.config[name]:

@@ -23,6 +23,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 # This file works where it lies alone beside the weights, so it repeats what is marked as copied. A test compares the copies.
 # Copied from pipeline_maskgit
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
+# Those whose `full_vocabulary` logits are the codes' and then the mask token's.
+MASK_LOGIT_TRANSFORMERS = ("MaskGitDiTTransformer2DModel", "MaskGitViTTransformer2DModel")
 CALL_DEFAULTS = {
     "guidance_scale": 1.0,
     "guidance_schedule": "constant",
@@ -100,6 +102,11 @@ def _to_tensors(images: PipelineImageInput, name: str) -> list[torch.Tensor]:
         channel_dim = -1 if isinstance(image, np.ndarray) else -3
         tensor = torch.from_numpy(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image
         shape = tuple(tensor.shape)
+        if is_mask and tensor.ndim == 3 and shape[channel_dim] in (3, 4):
+            raise ValueError(
+                f"`{name}` has the shape {shape}, which may be a mask in colour or several masks: give one channel, or several "
+                "masks with a channel of their own."
+            )
         # Three dimensions are an image, but several masks, if they are not one mask with its channel.
         if tensor.ndim == 2 or (tensor.ndim == 3 and is_mask and shape[channel_dim] != 1):
             tensor = tensor[..., None] if channel_dim == -1 else tensor.unsqueeze(channel_dim)
@@ -245,6 +252,15 @@ class MaskGitInpaintPipeline(DiffusionPipeline):
                 f"{type(self.scheduler).__name__} does not sample masked tokens: use a HaltonScheduler, ConfidenceScheduler, "
                 "SelfGuidedScheduler or AmusedScheduler."
             )
+        transformer = getattr(self.transformer, "_orig_mod", self.transformer)
+        if (
+            self.scheduler.config.get("mask_logit_counts")
+            and type(transformer).__name__ not in MASK_LOGIT_TRANSFORMERS
+        ):
+            raise ValueError(
+                f"The scheduler has `mask_logit_counts`, but a {type(transformer).__name__} has no logit of the mask token: "
+                "load the scheduler with mask_logit_counts=False."
+            )
         if self.scheduler.config.mask_token_id != codebook_size:
             raise ValueError(
                 f"The scheduler's mask_token_id is {self.scheduler.config.mask_token_id}, but this transformer's mask "
@@ -331,6 +347,16 @@ class MaskGitInpaintPipeline(DiffusionPipeline):
             raise ValueError(
                 "`self_guidance_scale` needs a `toast` adapter, and this pipeline has none: train one for its transformer "
                 "with train_toast.py, or leave the scale at 0."
+            )
+        # A BERT-style transformer has its mask token to hide the class with.
+        if (
+            self.toast.config.use_blank_second
+            and not transformer.config.has_null_class
+            and type(transformer).__name__ != "MaskGitBertTransformer2DModel"
+        ):
+            raise ValueError(
+                f"`self_guidance_scale` must be 0: this {type(transformer).__name__} was trained without a 'no class' label, "
+                "which the adapter's pass over a blank canvas needs."
             )
         for name in ("hidden_size", "num_layers", "num_classes"):
             if self.toast.config[name] != transformer.config[name]:
@@ -442,9 +468,11 @@ class MaskGitInpaintPipeline(DiffusionPipeline):
         # In float32 whatever the precision: a lookup in half precision finds other codes, or is not implemented.
         dtype = self.vqvae.dtype
         torch.nn.Module.to(self.vqvae, torch.float32)
-        latents = self.vqvae.encode(images.to(self._execution_device, torch.float32)).latents
-        tokens = self.vqvae.quantize(latents)[2][2]
-        torch.nn.Module.to(self.vqvae, dtype)
+        try:
+            latents = self.vqvae.encode(images.to(self._execution_device, torch.float32)).latents
+            tokens = self.vqvae.quantize(latents)[2][2]
+        finally:
+            torch.nn.Module.to(self.vqvae, dtype)
         return tokens.view(len(latents), *latents.shape[-2:])
 
     def composite(self, images: torch.Tensor, originals: torch.Tensor, token_mask: torch.BoolTensor) -> torch.Tensor:

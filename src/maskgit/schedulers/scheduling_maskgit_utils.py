@@ -183,21 +183,34 @@ class MaskGitSchedulerMixin:
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
+        config_dict = dict(config_dict)
+        if "_use_default_values" in config_dict:
+            # diffusers takes what was given by position for a default; the mask token has none.
+            config_dict["_use_default_values"] = [
+                name for name in config_dict["_use_default_values"] if name != "mask_token_id"
+            ]
         # A saved config spells out every value. What another scheduler has by default is no choice of the user's: where this
-        # one's default differs, it takes its place, as it does in a config that was never saved.
+        # one's default differs, it takes its place, as it does in a config that was never saved; or what this scheduler had
+        # before the user switched to the other.
         own = inspect.signature(cls).parameters
+        before = dict(config_dict.get("_switched_from", {}))
         for other in cls._get_compatibles():
             if other is not cls and other.__name__ == config_dict.get("_class_name"):
                 for name, parameter in inspect.signature(other).parameters.items():
-                    has_default = name in config_dict and config_dict[name] == parameter.default
-                    if has_default and name in own and own[name].default != parameter.default:
-                        config_dict = {key: value for key, value in config_dict.items() if key != name}
+                    if name in config_dict and name in own and own[name].default != parameter.default:
+                        value = before[f"{other.__name__}.{name}"] = config_dict[name]
+                        if value == parameter.default:
+                            del config_dict[name]
+                            if f"{cls.__name__}.{name}" in before:
+                                config_dict[name] = before[f"{cls.__name__}.{name}"]
+                config_dict["_switched_from"] = before
         return super().extract_init_dict(config_dict, **kwargs)
 
     def _check_config(self):
         config = self.config
         check_masking_schedule(config.masking_schedule)
-        if len(config.softmax_temperature) != 2 or min(config.softmax_temperature) <= 0:
+        is_pair = isinstance(config.softmax_temperature, (tuple, list)) and len(config.softmax_temperature) == 2
+        if not is_pair or min(config.softmax_temperature) <= 0:
             raise ValueError(
                 f"`softmax_temperature` is {config.softmax_temperature}, but must be two positive numbers, for the first "
                 "and the last step. For greedy choices use top_k=1."
@@ -227,6 +240,8 @@ class MaskGitSchedulerMixin:
             self.choice_temperatures = torch.linspace(*temperature, self.num_inference_steps).tolist()
             return
         start = self.config.choice_temperature if temperature is None else temperature
+        if start < 0:
+            raise ValueError(f"`temperature` is {start}, but must not be negative.")
         left = 1 - torch.tensor(
             [self._progress(step) for step in range(self.num_inference_steps)], dtype=torch.float64
         )
@@ -305,6 +320,11 @@ class MaskGitSchedulerMixin:
             positions = masked.int().argsort(dim=-1, descending=True, stable=True)[:, : int(masked.sum(-1).max())]
             logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
         temperature, mask_token_id = self.softmax_temperatures[step_index], self.config.mask_token_id
+        if self.config.get("mask_logit_counts") and logits.shape[1] > 0 and logits.shape[-1] != mask_token_id + 1:
+            raise ValueError(
+                f"`mask_logit_counts` needs the logits of the {mask_token_id} codes and of the mask token, but "
+                f"`model_output` has {logits.shape[-1]} an image token: set it to False for this transformer."
+            )
         mask_logit = logits[..., mask_token_id : mask_token_id + 1].float() / temperature
         logits = shape_logits(logits, temperature, mask_token_id)
         drawn = draw_tokens(logits, uniform.gather(1, positions), self.config.top_k, self.config.top_p)
