@@ -7,7 +7,7 @@ Does a generated image show the class that was asked for? A small classifier, tr
 
 The first makes images, the second judges those that evaluations/generate.py or sweep.py made.
 It states the classifier's accuracy on real test images, the share of generated images that it gives the requested class,
-and the same on tokenizer reconstructions of the test images, with their PSNR (mean over images, of bytes). Meant for small images: the classifier reads them at the size that the model makes.
+how much the images of a class vary, and the accuracy on tokenizer reconstructions of the test images, with their PSNR (mean over images, of bytes). Meant for small images: the classifier reads them at the size that the model makes.
 """
 
 import argparse
@@ -99,6 +99,11 @@ def load_generated(folder: str, num_classes: int, size: int) -> tuple[torch.Tens
     return torch.stack(images), torch.tensor(labels)
 
 
+def variance_within_classes(images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Variance of a pixel (in [-1, 1]) among the images of a class, a mean over pixels and classes: low where all are alike."""
+    return torch.stack([images[labels == label].var(dim=0).mean() for label in labels.unique()]).mean().item()
+
+
 @torch.no_grad()
 def classify(classifier: nn.Module, images: torch.Tensor, device: str) -> torch.Tensor:
     return torch.cat([classifier(batch.to(device)).argmax(-1).cpu() for batch in images.split(500)])
@@ -183,6 +188,7 @@ def main():
         "data": args.data,
         "classifier_accuracy_on_real_images": share_correct(test_images, test_labels),
         "classifier_accuracy_on_reconstructions": share_correct(decoded, test_labels),
+        "variance_within_classes_of_real_images": variance_within_classes(test_images, test_labels),
         "tokenizer_psnr": psnr(test_images, decoded).mean().item(),
         "tokenizer_codebook_usage": tokens.unique().numel() / pipe.transformer.config.codebook_size,
         "agreement": {},
@@ -195,7 +201,7 @@ def main():
         }
     print(f"classifier on {len(test_images)} real test images: {result['classifier_accuracy_on_real_images']:.1%}")
     print(f"classifier on their reconstructions: {result['classifier_accuracy_on_reconstructions']:.1%}")
-
+    print(f"variance within their classes: {result['variance_within_classes_of_real_images']:.3f}")
     print(
         f"tokenizer: PSNR {result['tokenizer_psnr']:.2f} dB, uses {result['tokenizer_codebook_usage']:.1%} of its codes"
     )
@@ -203,8 +209,15 @@ def main():
     def add_result(name, images, labels, **more):
         right = (classify(classifier, images, args.device) == labels).float()
         of_class = {names[i]: right[labels == i].mean().item() for i in range(num_classes)}
-        result["agreement"][name] = {"all": right.mean().item(), **of_class, **more}
-        print(f"{name}: {right.mean():.1%}  " + "  ".join(f"{n} {v:.0%}" for n, v in of_class.items()))
+        variance = variance_within_classes(images, labels)
+        result["agreement"][name] = {
+            "all": right.mean().item(),
+            **of_class,
+            "variance_within_classes": variance,
+            **more,
+        }
+        shown = "  ".join(f"{n} {v:.0%}" for n, v in of_class.items())
+        print(f"{name}: {right.mean():.1%}  {shown}  variance {variance:.3f}")
 
     for name, (images, labels) in generated.items():
         add_result(name, images, labels)

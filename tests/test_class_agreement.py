@@ -4,6 +4,7 @@ import class_agreement
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from maskgit import MaskGitPipeline
@@ -71,6 +72,13 @@ def test_generated_folders_are_judged(tmp_path, data, tiny_pipeline_dir, monkeyp
     agreement = {name: values["all"] for name, values in result["agreement"].items()}
     assert agreement["right"] == result["classifier_accuracy_on_real_images"]
     assert agreement["wrong"] < agreement["right"]
+    assert result["agreement"]["right"]["variance_within_classes"] == 0  # all of a class are of one colour
     with pytest.raises(SystemExit):
         run(monkeypatch, *arguments, "--overwrite", "--generated", data)
     assert "was not written by evaluations/generate.py" in capsys.readouterr().err
+
+
+def test_variance_within_classes():
+    """Of two classes with different means: the mean of their own variances."""
+    images = torch.tensor([-1.0, 1.0, 0.5, 0.5]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    assert class_agreement.variance_within_classes(images, torch.tensor([0, 0, 1, 1])) == pytest.approx((2 + 0) / 2)
