@@ -121,9 +121,9 @@ def _renames(
     yield Rename("output_layer.norm_final.weight", "norm_out.weight", (hidden,))
     yield from _pair("output_layer.adaLN_modulation", "adaln_out", 2 * hidden, hidden)
     for kind, shape in (("weight", (vocabulary, hidden)), ("bias", (vocabulary,))):
-        source, target = f"output_layer.linear.{kind}", f"proj_out.{kind}"
-        yield Rename(source, target, shape, lambda tensor: tensor[:mask])
-        yield Rename(source, target, shape, lambda tensor: tensor[mask + 1 :])
+        source = f"output_layer.linear.{kind}"
+        yield Rename(source, f"proj_out.{kind}", shape, lambda tensor: tensor[:mask])
+        yield Rename(source, f"proj_bos.{kind}", shape, lambda tensor: tensor[mask + 1 :])
 
 
 def convert_pgm_transformer(

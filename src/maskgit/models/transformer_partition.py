@@ -302,7 +302,9 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         )
         self.norm_out = nn.LayerNorm(hidden_size, eps=1e-5, bias=False)
         self.adaln_out = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj_out = nn.Linear(hidden_size, codebook_size + 1)  # the codes, and BOS
+        self.proj_out = nn.Linear(hidden_size, codebook_size)
+        # Apart, since sampling needs the codes alone: they are faster in a matrix of even size, and contiguous.
+        self.proj_bos = nn.Linear(hidden_size, 1)
         self.gradient_checkpointing = False
         self._set_positions()
         self._initialize_weights()
@@ -314,7 +316,7 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         nn.init.normal_(self.class_embed.weight)
         # Every block starts as the identity, and all codes as equally likely.
         zeros = [block.adaln for block in (*self.transformer_blocks, *self.decoder_blocks)]
-        for layer in (*zeros, self.adaln_out, self.proj_out):
+        for layer in (*zeros, self.adaln_out, self.proj_out, self.proj_bos):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -512,8 +514,9 @@ class PartitionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
 
         shift, scale = self.adaln_out(conditioning)[:, None].chunk(2, dim=-1)
         hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
-        num_logits = config.codebook_size + int(full_vocabulary)
-        logits = self.proj_out(hidden_states)[..., :num_logits]
+        logits = self.proj_out(hidden_states)
+        if full_vocabulary:
+            logits = torch.cat([logits, self.proj_bos(hidden_states)], dim=-1)
 
         if not return_dict:
             return (logits,)
