@@ -237,7 +237,7 @@ from pathlib import Path
 class Slow(accelerate.Accelerator):
     def save_state(self, folder):
         super().save_state(folder)
-        if "8" in folder:
+        if folder.endswith(".checkpoint-8.tmp"):    # not "8" anywhere: pytest numbers its folders
             print("writing", flush=True)
             time.sleep(60)
 import maskgit.training_utils
