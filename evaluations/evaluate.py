@@ -25,6 +25,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 import zipfile
@@ -106,7 +107,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--kid_subset_size", type=int, default=1000, metavar="N", help="images of each subset of KID (default: 1000)")
     add("--prc_neighbors", type=int, default=3, metavar="K", help="k of precision and recall (default: 3)")
     add("--dc_neighbors", type=int, default=5, metavar="K", help="k of density and coverage (default: 5)")
-    add("--batch_size", type=int, default=64, metavar="B", help="images in the network at a time (default: 64)")
+    add(
+        "--features_cache",
+        metavar="DIR",
+        help="keep the features of all images here, 8 KB each, and use those that are here; default: beside --output or "
+        "--save_statistics until it is written, so that a stopped command goes on where it was",
+    )
+    add(
+        "--batch_size",
+        type=int,
+        metavar="B",
+        help="images in the network at a time; default: 64, and 16 on a CPU, whose caches hold no more",
+    )
     add("--num_workers", type=int, metavar="N", help="processes that read images; default: 4 with a GPU, else none")
     add("--device", help="device of torch; default: the GPU if there is one, else cpu")
     return parser
@@ -401,6 +413,8 @@ def check_options(args: argparse.Namespace) -> list[str]:
     if args.reference is None and (args.save_statistics is not None or metrics != ["isc"]):
         raise ValueError("Give --reference: only the Inception score alone (--metrics isc) does without it.")
     args.device = str(find_device(args.device))
+    if args.batch_size is None:
+        args.batch_size = 16 if args.device == "cpu" else 64
     if args.feature_extractor_weights is None and args.feature_extractor == INCEPTION:
         args.feature_extractor_weights = os.environ.get(WEIGHTS_VARIABLE)
     return [] if args.generated is None else metrics
@@ -421,7 +435,8 @@ def evaluate(args: argparse.Namespace) -> dict:
         raise ValueError(f"--save_statistics needs images, but {args.reference} holds statistics.")
     warnings = check_sets(args, metrics, sets)
     statement = state(args, sets)
-    extractor = FeatureExtractor(args.feature_extractor, args.feature_extractor_weights, args.device, "isc" in metrics)
+    network = args.feature_extractor, args.feature_extractor_weights, args.device
+    extractor = FeatureExtractor(*network, "isc" in metrics, args.features_cache)
     warnings += check_network(metrics, sets, extractor)
     values = measure(args, metrics, sets, extractor)
     protocol = extractor.facts | {"resizing": args.resizing, "image_size": args.image_size}
@@ -456,6 +471,9 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    written = args.output or args.save_statistics
+    until_written = f"{written}.features" if written is not None and args.features_cache is None else None
+    args.features_cache = args.features_cache or until_written
     with user_errors():
         result = evaluate(args)
         for warning in result["warnings"]:
@@ -463,6 +481,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.output is not None:
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        if until_written is not None:
+            shutil.rmtree(until_written)
     for name, value in result["metrics"].items():
         print(f"{name:20} {value:.6g}")
     print(result["statement"])

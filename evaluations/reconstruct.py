@@ -16,6 +16,7 @@ The same command goes on where it was stopped. The folder holds
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -164,6 +165,7 @@ def evaluation_options(args: argparse.Namespace) -> argparse.Namespace:
     command += ["--kid_subset_size", str(args.kid_subset_size), "--resizing", args.resizing]
     command += ["--feature_extractor", args.feature_extractor]
     for option, value in (
+        ("features_cache", Path(args.output_dir) / "features"),
         ("reference_split", args.split),
         ("image_size", args.image_size),
         ("feature_extractor_weights", args.feature_extractor_weights),
@@ -206,6 +208,7 @@ def run(args: argparse.Namespace) -> dict:
         result |= {name: between[name] for name in ("statement", "protocol", "warnings")}
     with generate.write_atomically(folder / "result.json") as path:
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder / "features", ignore_errors=True)  # there for going on only; none without metrics
     return result
 
 

@@ -450,6 +450,56 @@ def test_results_are_not_overwritten(run, tmp_path, capsys):
     assert "result.json is there already: give another --output, or --overwrite" in capsys.readouterr().err
 
 
+def test_stopped_evaluation_goes_on_where_it_was(run, tmp_path, monkeypatch):
+    generated = str(write_folder(tmp_path / "generated", random_images(70, 0)))
+    reference = str(write_folder(tmp_path / "reference", random_images(80, 1)))
+    arguments = ("--generated", generated, "--reference", reference, "--metrics", "fid,prc", "--batch_size", 8)
+    expected = run(*arguments)["metrics"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generated", "reference", "result.json"]
+
+    network, seen = FeatureExtractor.__call__, []
+
+    def count(extractor, images):
+        if len(seen) == 12:
+            raise KeyboardInterrupt
+        seen.append(len(images))
+        return network(extractor, images)
+
+    monkeypatch.setattr(FeatureExtractor, "__call__", count)
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments)
+    # Its last record is half written, as by a kill.
+    (half,) = (tmp_path / "result.json.features").rglob("*.bin")
+    half.write_bytes(half.read_bytes()[:-10])
+    num_kept = sum(seen[1:]) - 1  # the first is the extractor's own look at the network
+    assert num_kept == 70 + 2 * 8 - 1
+    seen.clear()
+    assert run(*arguments)["metrics"] == pytest.approx(expected, rel=1e-5)
+    assert sum(seen[1:]) == 150 - num_kept
+    assert not (tmp_path / "result.json.features").exists()
+
+
+def test_features_are_shared(run, tmp_path, monkeypatch):
+    images = random_images(70, 0)
+    folder, cache = write_folder(tmp_path / "a", images), tmp_path / "cache"
+    other = write_folder(tmp_path / "b", random_images(60, 1))
+    expected = run("--generated", other, "--reference", folder, "--resizing", "clean")["metrics"]
+    result = run("--generated", folder, "--reference", folder, "--features_cache", cache)["metrics"]
+    assert result["fid"] == pytest.approx(0, abs=1e-6)
+    # Another size is another image: nothing is mistaken for it.
+    again = run("--generated", other, "--reference", folder, "--features_cache", cache, "--resizing", "clean")
+    assert again["metrics"] == pytest.approx(expected, rel=1e-5)
+
+    def never(extractor, images):
+        assert len(images) == 1 and not images.any(), "the network is asked again"
+        return network(extractor, images)
+
+    network = FeatureExtractor.__call__
+    monkeypatch.setattr(FeatureExtractor, "__call__", never)
+    reverse = write_folder(tmp_path / "reverse", images[::-1])
+    assert run("--generated", reverse, "--reference", folder, "--features_cache", cache)["metrics"]["precision"] == 1
+
+
 # ---------------------------------------------------------------- FID's own network
 
 

@@ -4,7 +4,9 @@
 import dataclasses
 import functools
 import hashlib
+import uuid
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +26,43 @@ LOGITS = "logits_unbiased"
 # ---------------------------------------------------------------- features
 
 
+class FeatureCache:
+    """
+    Features on the disk, found again by the pixels of their images: what a stopped evaluation has computed is not computed
+    again. Each process appends to a file of its own, so that several can use a folder, and a killed one spoils nothing.
+
+    Args:
+        folder (`str` or `Path`): Where the files are, 4 D bytes an image. It is made if it is not there.
+        width (`int`): Number of features of an image, D.
+    """
+
+    def __init__(self, folder: str | Path, width: int):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.record = np.dtype([("key", "V32"), ("features", "<f4", width)])
+        self.file = None
+        self.known = {}
+        for path in sorted(self.folder.glob("*.bin")):
+            whole = path.stat().st_size // self.record.itemsize  # a killed process may have left a part of a record
+            if whole > 0:
+                records = np.memmap(path, self.record, mode="r", shape=(whole,))
+                self.known |= {key.tobytes(): row for key, row in zip(records["key"], records["features"])}
+
+    @staticmethod
+    def key(image: torch.Tensor) -> bytes:
+        """Of an image, uint8 (3, H, W)."""
+        return hashlib.sha256(f"{tuple(image.shape)}".encode() + image.contiguous().numpy().tobytes()).digest()
+
+    def append(self, keys: list[bytes], features: np.ndarray) -> None:
+        """Keep features, float32 (B, D)."""
+        records = np.empty(len(keys), self.record)
+        records["key"], records["features"] = np.frombuffer(b"".join(keys), "V32"), features
+        if self.file is None:
+            self.file = open(self.folder / f"{uuid.uuid4().hex}.bin", "wb")
+        self.file.write(records.tobytes())
+        self.file.flush()
+
+
 class FeatureExtractor:
     """
     One of torch-fidelity's networks. The default is the Inception network that FID is defined with.
@@ -33,6 +72,7 @@ class FeatureExtractor:
         weights (`str`, *optional*): File of its weights. By default torch-fidelity downloads them.
         device (`str` or `torch.device`): Where it runs.
         with_logits (`bool`): Whether it also gives class logits, for the Inception score.
+        cache (`str` or `Path`, *optional*): Folder in which `extract` keeps features and finds those it kept.
 
     Attributes:
         layer (`str`): Name of the features.
@@ -47,6 +87,7 @@ class FeatureExtractor:
         weights: str | None = None,
         device: str | torch.device = "cpu",
         with_logits: bool = False,
+        cache: str | Path | None = None,
     ):
         if name not in FEATURE_EXTRACTORS_REGISTRY:
             known = ", ".join(sorted(FEATURE_EXTRACTORS_REGISTRY))
@@ -83,7 +124,13 @@ class FeatureExtractor:
         self.input_size = getattr(network, "resolution", None) or network.INPUT_IMAGE_SIZE
         # With channels last, convolutions take a quarter less time on a CPU.
         self.network = network.to(self.device, memory_format=torch.channels_last).eval()
-        self.num_features = self(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))[self.layer].shape[1]
+        outputs = self(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+        self.num_features = outputs[self.layer].shape[1]
+        self.widths = [outputs[layer].shape[1] for layer in self.layers]
+        self.cache = None
+        if cache is not None:
+            made_with = "-".join([name, *self.layers, self.facts["weights_sha256"][:12]])
+            self.cache = FeatureCache(Path(cache) / made_with, sum(self.widths))
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -92,9 +139,22 @@ class FeatureExtractor:
         return {layer: output.cpu() for layer, output in zip(self.layers, outputs)}
 
     def extract(self, batches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same of many batches together."""
-        outputs = [self(batch) for batch in batches]
-        return {layer: torch.cat([output[layer] for output in outputs]) for layer in self.layers}
+        """The same of many batches together; the network sees those that are not in the cache only."""
+        parts = []
+        for batch in batches:
+            keys = [] if self.cache is None else [FeatureCache.key(image) for image in batch]
+            known = {i: self.cache.known[key] for i, key in enumerate(keys) if key in self.cache.known}
+            missing = [i for i in range(len(batch)) if i not in known]
+            rows = torch.empty(len(batch), sum(self.widths))
+            if missing:
+                outputs = self(batch[missing])
+                rows[missing] = torch.cat([outputs[layer].float() for layer in self.layers], dim=1)
+                if self.cache is not None:
+                    self.cache.append([keys[i] for i in missing], rows[missing].numpy())
+            for i, row in known.items():
+                rows[i] = torch.from_numpy(np.array(row))
+            parts.append(rows)
+        return dict(zip(self.layers, torch.cat(parts).split(self.widths, dim=1)))
 
 
 @dataclasses.dataclass
