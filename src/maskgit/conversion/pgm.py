@@ -267,7 +267,7 @@ def describe_transformer(config: Mapping) -> Card:
         "put to the registers, and the mask token's rows, which the model never uses, were left out; all other tensors "
         "were renamed only. On small random checkpoints the converted model's logits agree with those of the published code "
         "to 2e-4 (float32, CPU). The published samplers hide the last known token from the model by mistake, this one does not: "
-        "`published_lengths` in the transformer's config brings that back.",
+        "`published_lengths` in the transformer's config brings that back, for tokens given in the order in which they were drawn.",
         licence=LICENCE,
         citation=CITATION,
         license="mit",
