@@ -396,7 +396,10 @@ class Worker:
         self.process = context.Process(
             target=work, args=(other, args, case, torch.get_num_threads()), daemon=True, name=str(case)
         )
+        # Ctrl-C is this process's to handle, and goes to all: the new one ignores it from its start.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.process.start()
+        signal.signal(signal.SIGINT, handler)
         other.close()
 
     def ask(self, request: str) -> dict:
@@ -426,7 +429,6 @@ class Worker:
 
 def work(connection, args: argparse.Namespace, case: Case, num_threads: int) -> None:
     """What a worker's process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(num_threads)
     answers = measure_case(args, case)
     while True:
