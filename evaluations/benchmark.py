@@ -28,11 +28,11 @@ compiled during the measurement all the same, and should be 0.
 times the optimizer steps of training/train_maskgit.py (forward, backward, clipping, AdamW, EMA) on random tokens. Precisions other
 than float32 are autocast, --compile compiles the whole transformer, as there, and the baseline is float32, not compiled.
 
-Each case has a process of its own, so memory must hold them all. The cases take turns, and medians over the turns count, so that other work on the machine meets
-them all alike: the ratio to the baseline is the median of the ratios within each turn. --output gets report.json, and report.csv and
-report.md beside it, all after each turn of a case: what is measured when Ctrl-C stops the run is kept. In the table, "transformer" is the
-time up to the output of the last block, "sampling" the rest: output layer, draws and scheduler. GFLOP/s counts the matrix products and
-attention of the transformer alone over the whole time.
+Each case has a process of its own, so memory must hold them all. The cases take turns, and medians over the turns count, so that
+other work on the machine meets them all alike: the ratio to the baseline is the median of the ratios within each turn. --output gets
+report.json, and report.csv and report.md beside it, all after each turn of a case: what is measured when Ctrl-C stops the run is
+kept. In the table, "transformer" is the time up to the output of the last block, "sampling" the rest: output layer, draws and
+scheduler. GFLOP/s counts the matrix products and attention of the transformer alone over the time of both.
 """
 
 import argparse
@@ -546,7 +546,8 @@ def make_report(args: argparse.Namespace, cases: list[Case], facts: dict, turns:
         if not turns[case]:
             continue
         medians = {part: statistics.median(turn[part] for turn in turns[case]) for part in turns[case][0]}
-        ratios = [baseline["total"] / turn["total"] for baseline, turn in zip(turns[cases[0]], turns[case])]
+        pairs = list(zip(turns[cases[0]], turns[case]))
+        ratios = [ratio(pair, "total") for pair in pairs]
         result = asdict(case) | {"num_parameters": facts[case]["num_parameters"]}
         if args.training:
             result |= {
@@ -558,8 +559,10 @@ def make_report(args: argparse.Namespace, cases: list[Case], facts: dict, turns:
             decoding = medians.get("decoding")
             result |= {
                 "images_per_second": args.batch_size / medians["total"],
-                "images_per_second_with_decoding": decoding and args.batch_size / (medians["total"] + decoding),
                 "ratio_to_baseline": statistics.median(ratios),
+                "images_per_second_with_decoding": decoding and args.batch_size / (medians["total"] + decoding),
+                "ratio_with_decoding": decoding
+                and statistics.median(ratio(pair, "total", "decoding") for pair in pairs),
                 "seconds_per_batch": medians["total"],
                 "transformer_seconds": medians["transformer"],
                 "sampling_seconds": medians["sampling"],
@@ -597,6 +600,12 @@ def make_report(args: argparse.Namespace, cases: list[Case], facts: dict, turns:
     }
 
 
+def ratio(pair: tuple[dict, dict], *parts: str) -> float:
+    """How many times as long the first of two turns took as the second, in these parts together."""
+    first, second = (sum(turn[part] for part in parts) for turn in pair)
+    return first / second
+
+
 def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -613,9 +622,10 @@ COLUMNS = {
     "compile": "compile",
     "attention": "attention_backend",
     "images/s": "images_per_second",
-    "decoded images/s": "images_per_second_with_decoding",
     "samples/s": "samples_per_second",
     "x baseline": "ratio_to_baseline",
+    "decoded images/s": "images_per_second_with_decoding",
+    "x baseline's": "ratio_with_decoding",
     "s a batch": "seconds_per_batch",
     "s a step": "seconds_per_step",
     "transformer": "transformer_seconds",
