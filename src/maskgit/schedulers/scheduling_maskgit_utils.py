@@ -147,7 +147,7 @@ def draw_tokens(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, 
     _check_finite(total)
     tokens = torch.searchsorted(cumulative, uniform[..., None] * total, right=True)
     # Rounding may put the threshold on the total: the answer is then the last token of positive probability.
-    tokens = torch.minimum(tokens, (cumulative < total).sum(-1, keepdim=True))
+    tokens = torch.minimum(tokens, torch.searchsorted(cumulative, total))
     return (tokens if indices is None else indices.gather(-1, tokens))[..., 0]
 
 
