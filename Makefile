@@ -1,6 +1,6 @@
 # `make demo`, `make evaluate` and `make test` need Python 3.11 or newer, make and git, nothing else: the rest goes into .venv.
 
-# Generated images of `make evaluate`; more take longer and are nearer to the published protocols.
+# Generated images of `make evaluate`, at least 1000; more take longer and are nearer to the published protocols.
 NUM_IMAGES ?= 2000
 
 .PHONY: install demo evaluate test builtin style quality
@@ -12,14 +12,15 @@ demo: .venv/installed
 	.venv/bin/maskgit sample --model builtin --classes all --images_per_class 4 --output_dir outputs/demo --overwrite
 
 # FID, KID, precision, recall, density and coverage of the built-in model against the real test images: a quarter of an hour on two CPU
-# cores, most of it for the 10,000 real images, whose features are kept. It goes on where it was stopped.
+# cores, most of it for the 10,000 real images, whose features are kept. It goes on where it was stopped; after a change of the model or of libraries,
+# delete outputs/evaluation.
 evaluate: .venv/installed-dev
 	test -d data/fashion_mnist || .venv/bin/python scripts/prepare_fashion_mnist.py --output_dir data/fashion_mnist
 	test -f outputs/inception.pth || .venv/bin/python scripts/prepare_inception_weights.py --output outputs/inception.pth
-	.venv/bin/python evaluations/generate.py --model builtin --num_images $(NUM_IMAGES) --output_dir outputs/evaluation/generated
-	.venv/bin/python evaluations/evaluate.py --generated outputs/evaluation/generated --num_images $(NUM_IMAGES) --reference data/fashion_mnist \
-		--reference_split test --feature_extractor_weights outputs/inception.pth --features_cache outputs/evaluation/features \
-		--output outputs/evaluation/result.json --overwrite
+	.venv/bin/python evaluations/generate.py --model builtin --num_images $(NUM_IMAGES) --output_dir outputs/evaluation/$(NUM_IMAGES)
+	.venv/bin/python evaluations/evaluate.py --generated outputs/evaluation/$(NUM_IMAGES) --reference data/fashion_mnist --reference_split test \
+		--feature_extractor_weights outputs/inception.pth --features_cache outputs/evaluation/features \
+		--output outputs/evaluation/$(NUM_IMAGES)/result.json --overwrite
 
 # The whole suite.
 test: .venv/installed-dev

@@ -32,7 +32,8 @@ Each case has a process of its own, so memory must hold them all. The cases take
 other work on the machine meets them all alike: the ratio to the baseline is the median of the ratios within each turn. --output gets
 report.json, and report.csv and report.md beside it, all after each turn of a case: what is measured when Ctrl-C stops the run is
 kept. In the table, "transformer" is the time up to the output of the last block, "sampling" the rest: output layer, draws and
-scheduler. GFLOP/s counts the matrix products and attention of the transformer alone over the time of both.
+scheduler. GFLOP/s counts the transformer's matrix products and PyTorch's own attention (no other package's) over the
+time of both.
 """
 
 import argparse
@@ -60,7 +61,7 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin, VQModel
-from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.training_utils import EMAModel
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
@@ -393,20 +394,18 @@ class Worker:
         self.case = case
         self.is_busy = False
         self.connection, other = context.Pipe()
-        self.process = context.Process(
-            target=work, args=(other, args, case, torch.get_num_threads()), daemon=True, name=str(case)
-        )
+        self.process = context.Process(target=work, args=(other, args, case), daemon=True, name=str(case))
         # Ctrl-C is this process's to handle, and goes to all: the new one ignores it from its start.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.process.start()
         signal.signal(signal.SIGINT, handler)
         other.close()
 
-    def ask(self, request: str) -> dict:
-        """What the process answers to "load", "warm up" or "turn"; its error is raised here."""
+    def ask(self) -> dict:
+        """The next that `measure_case` yields in the process; its error is raised here."""
         try:
             self.is_busy = True
-            self.connection.send(request)
+            self.connection.send(None)
             answer = self.connection.recv()
             self.is_busy = False
         except (EOFError, ConnectionError):
@@ -420,16 +419,15 @@ class Worker:
         return answer
 
     def stop(self) -> None:
-        self.connection.close()  # ends a process that waits
+        """After `self.connection.close()`, which ends a process that waits."""
         if not self.is_busy:
             self.process.join(timeout=10)
         self.process.terminate()
         self.process.join()
 
 
-def work(connection, args: argparse.Namespace, case: Case, num_threads: int) -> None:
+def work(connection, args: argparse.Namespace, case: Case) -> None:
     """What a worker's process does."""
-    torch.set_num_threads(num_threads)
     answers = measure_case(args, case)
     while True:
         try:
@@ -441,11 +439,14 @@ def work(connection, args: argparse.Namespace, case: Case, num_threads: int) -> 
         except torch.OutOfMemoryError as error:
             answer = ValueError(f"{case}: out of memory, give a smaller --batch_size. {str(error).splitlines()[0]}")
         except (ValueError, OSError) as error:
-            answer = type(error)(str(error))
+            answer = ValueError(str(error))  # others may not survive the way to the parent
         except Exception as error:
             traceback.print_exc()
             answer = RuntimeError(f"{case}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-        connection.send(answer)
+        try:
+            connection.send(answer)
+        except BrokenPipeError:
+            return
 
 
 def measure_case(args: argparse.Namespace, case: Case) -> Iterator[dict]:
@@ -472,11 +473,16 @@ def measure_case(args: argparse.Namespace, case: Case) -> Iterator[dict]:
 
     yield facts
 
-    run()
-    memory = peak_memory(pipe.device)
     # Without compiling, which would hide the matrix products.
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         run()
+    for _ in range(2 if case.compile != "none" else 0):  # CUDA graphs are recorded in the second run
+        run()
+        if args.latency:
+            sample(pipe, case.method, 1, args)
+    reset_peak_memory(pipe.device)
+    run()
+    memory = peak_memory(pipe.device)
     if args.latency:
         sample(pipe, case.method, 1, args)
     # Counted by module, for the tokenizer's are not wanted.
@@ -492,6 +498,14 @@ def measure_case(args: argparse.Namespace, case: Case) -> Iterator[dict]:
             if "decoding" in single:
                 seconds["latency_with_decoding"] = single["total"] + single["decoding"]
         yield seconds | {"num_recompiled": num_compilations() - num_compiled}
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Loading and compiling may take more memory than running: they shall not count, where the system can forget them."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> float:
@@ -512,28 +526,35 @@ def benchmark(args: argparse.Namespace) -> dict | None:
     facts, turns, workers, report = {}, {case: [] for case in cases}, [], None
     bar = tqdm(total=(args.repeats + 2) * len(cases), unit="turn")
     try:
-        workers += [Worker(args, case) for case in cases]
+        for case in cases:
+            workers.append(Worker(args, case))
         # All are loaded before the first is measured: what cannot run is refused at once.
         for worker in workers:
             bar.set_description(f"load {worker.case}")
-            facts[worker.case] = worker.ask("load")
+            facts[worker.case] = worker.ask()
             bar.update()
         for worker in workers:
             bar.set_description(f"warm up {worker.case}")
-            facts[worker.case] |= worker.ask("warm up")
+            facts[worker.case] |= worker.ask()
             bar.update()
         for _ in range(args.repeats):
             for worker in workers:
                 bar.set_description(str(worker.case))
-                turns[worker.case].append(worker.ask("turn"))
+                turns[worker.case].append(worker.ask())
                 report = make_report(args, cases, facts, turns)
                 if args.output is not None:
                     write_reports(report, args.output)
                 bar.update()
     except KeyboardInterrupt:
         pass  # what is measured is kept
+    except Exception:
+        if report is not None:
+            print(to_markdown(report))
+        raise
     finally:
         bar.close()
+        for worker in workers:
+            worker.connection.close()
         for worker in workers:
             worker.stop()
     return report
@@ -625,14 +646,14 @@ COLUMNS = {
     "samples/s": "samples_per_second",
     "x baseline": "ratio_to_baseline",
     "decoded images/s": "images_per_second_with_decoding",
-    "x baseline's": "ratio_with_decoding",
+    "x baseline, decoded": "ratio_with_decoding",
     "s a batch": "seconds_per_batch",
     "s a step": "seconds_per_step",
     "transformer": "transformer_seconds",
     "sampling": "sampling_seconds",
     "decoding": "decoding_seconds",
     "s a single image": "latency_seconds",
-    "decoded": "latency_with_decoding_seconds",
+    "s a decoded image": "latency_with_decoding_seconds",
     "peak MB": "peak_memory_mb",
     "GFLOP/s": "gflops_per_second",
     "recompiled": "num_recompiled",
@@ -675,7 +696,7 @@ def write_reports(report: dict, output: str) -> None:
         report_paths(output), (json.dumps(report, indent=2) + "\n", table.getvalue(), to_markdown(report) + "\n")
     ):
         part = path.with_name(f".{path.name}.part")
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
 
 
@@ -705,11 +726,8 @@ def check_options(args: argparse.Namespace, given: set[str]) -> None:
         raise ValueError("--device cuda: torch finds no GPU.")
     if args.decode and args.model not in SIZES:
         raise ValueError(f"--decode is for random weights ({', '.join(SIZES)}): leave it out, a pipeline has its own.")
-    for name in set(args.attention_backend) - {"default"}:
-        try:
-            _check_attention_backend_requirements(AttentionBackendName(name))
-        except RuntimeError as error:
-            raise ValueError(f"--attention_backend {name} cannot run here: {error}") from error
+    if args.overwrite and args.output is None:
+        raise ValueError("--overwrite is for --output: give both.")
     if args.training and given:
         raise ValueError(f"--{min(given)} is for sampling: leave it out with --training.")
 

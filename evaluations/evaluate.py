@@ -482,7 +482,7 @@ def main(argv: list[str] | None = None) -> None:
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         if until_written is not None:
-            shutil.rmtree(until_written)
+            shutil.rmtree(until_written, ignore_errors=True)
     for name, value in result["metrics"].items():
         print(f"{name:20} {value:.6g}")
     print(result["statement"])

@@ -14,13 +14,14 @@ of its own in --output_dir, which also gets
     precision_recall.png      precision against recall, a line along the guidance
 
 The same command again, after it was stopped or with more values or images, does what is missing; for that, the features of the
-images are kept, 8 KB each, in the folder features.
+images are kept, 8 KB each, beside them.
 """
 
 import argparse
 import csv
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import evaluate
@@ -114,7 +115,6 @@ def evaluate_arguments(args: argparse.Namespace) -> list[str]:
     """What evaluate.py is told about the comparison, whatever is compared."""
     names = ("metrics", "kid_subset_size", "image_size", "resizing", "feature_extractor", "feature_extractor_weights")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    given["features_cache"] = Path(args.output_dir) / "features"
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
 
@@ -127,7 +127,9 @@ def prepare_reference(args: argparse.Namespace) -> str:
         with np.load(given) as file:
             if "mu" in file:
                 return args.reference
+    cache = path.with_name("reference.npz.features")
     command = ["--reference", args.reference, "--save_statistics", str(path), *evaluate_arguments(args)]
+    command += ["--features_cache", str(cache)]
     if args.reference_split is not None:
         command += ["--reference_split", args.reference_split]
     if path.exists():
@@ -138,6 +140,7 @@ def prepare_reference(args: argparse.Namespace) -> str:
             raise ValueError(f"{path} is of another --reference or --image_size: give another --output_dir.")
     else:
         evaluate.evaluate(evaluate.make_parser().parse_args(command))
+        shutil.rmtree(cache)
     return str(path)
 
 
@@ -145,6 +148,7 @@ def measure(args: argparse.Namespace, run: dict, settings: dict, reference: str)
     """The result of evaluate.py for one run: the one that is there, if it is of the same images and options."""
     folder = Path(args.output_dir) / name_of(run)
     command = ["--generated", str(folder), "--reference", reference, *evaluate_arguments(args)]
+    command += ["--features_cache", str(folder / "features")]
     options = evaluate.make_parser().parse_args(command)
     path = folder / "result.json"
     if path.exists():

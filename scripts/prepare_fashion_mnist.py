@@ -80,9 +80,13 @@ def main():
             )
         splits[split] = datasets.Dataset.from_dict(rows, features=features)
 
+    # Under another name until it is whole.
+    part = output_dir.with_name(f".{output_dir.name}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    splits.save_to_disk(str(part))
     if output_dir.exists():
         shutil.rmtree(output_dir)
-    splits.save_to_disk(str(output_dir))
+    part.rename(output_dir)
     print(f"wrote {', '.join(f'{len(rows)} {split} images' for split, rows in splits.items())} to {output_dir}")
 
 

@@ -1,7 +1,12 @@
 import csv
 import functools
+import io
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,7 +46,9 @@ def in_this_process(run, monkeypatch):
         def __init__(self, args, case):
             self.case, self.answers = case, benchmark.measure_case(args, case)
 
-        def ask(self, request):
+            self.connection = io.BytesIO()  # to be closed
+
+        def ask(self):
             return next(self.answers)
 
         def stop(self):
@@ -146,10 +153,10 @@ def test_compiled_sampling_is_compiled_once(run, in_this_process, monkeypatch):
 def test_ctrl_c_keeps_finished_turns(run, in_this_process, monkeypatch, tiny_pipeline_dir, tmp_path, capsys):
     answers = iter(range(3 * 2))  # load, warm up and the first turn of two cases
 
-    def ask(self, request, ask=in_this_process.ask):
+    def ask(self, ask=in_this_process.ask):
         if next(answers, None) is None:
             raise KeyboardInterrupt
-        return ask(self, request)
+        return ask(self)
 
     monkeypatch.setattr(in_this_process, "ask", ask)
     output = tmp_path / "report.json"
@@ -160,6 +167,49 @@ def test_ctrl_c_keeps_finished_turns(run, in_this_process, monkeypatch, tiny_pip
     assert (report["turns_finished"], report["turns_asked"]) == (1, 3) and len(report["results"]) == 2
     assert "1 of 3 turns" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.csv", "report.json", "report.md"]
+
+
+def test_ctrl_c_ends_all_processes(tiny_pipeline_dir, tmp_path):
+    script = Path(__file__).parents[1] / "evaluations" / "benchmark.py"
+    options = ["--model", tiny_pipeline_dir, "--num_inference_steps", "2", "--repeats", "100000", "--device", "cpu"]
+    command = [sys.executable, script, *options, "--output", tmp_path / "report.json"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (tmp_path / "report.md").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "| full_logits |" in output
+    assert "Traceback" not in errors and "Stopped: the table holds the turns before." in errors
+    with pytest.raises(ProcessLookupError):  # nobody of the group is left, once multiprocessing has cleaned up
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+def test_errors_of_a_process_reach_the_user(run, monkeypatch):
+    import benchmark
+
+    def measure_case(args, case):
+        raise json.JSONDecodeError("no JSON", "{", 1)  # cannot be made from its message alone
+        yield
+
+    class Connection:
+        answers = []
+        requests = [None]
+        send = answers.append
+
+        def recv(self):
+            if not self.requests:
+                raise EOFError
+            return self.requests.pop()
+
+    monkeypatch.setattr(benchmark, "measure_case", measure_case)
+    benchmark.work(Connection(), None, benchmark.Case("positions", "float32"))
+    (answer,) = Connection.answers
+    assert isinstance(answer, ValueError) and "no JSON" in str(answer)
 
 
 @pytest.mark.parametrize("model", ["dit", "partition"])
@@ -295,7 +345,7 @@ def test_random_weights_of_each_size():
         (["--model", "tiny", "--batch_size", 0], "--batch_size 0"),
         (["--scheduler", "euler"], "euler"),
         (["--attention_backend", "nope"], "'_native_math'"),
-        (["--attention_backend", "_native_npu"], "torch_npu"),
+        (["--overwrite"], "--overwrite is for --output"),
         (["--compile", "fast"], "'max-autotune'"),
         (["--num_inference_steps", 0], "--num_inference_steps 0"),
         (["--guidance_scale", "nan"], "--guidance_scale nan"),
@@ -319,6 +369,7 @@ def test_wrong_options_are_explained_in_a_line(run, options, message, capsys):
     [
         (["--model", "missing"], "missing"),
         (["--model", "tiny", "--baseline", "dit"], "has a DiT transformer itself"),
+        (["--attention_backend", "_native_npu"], "--attention_backend _native_npu cannot run here in float32"),
         (["--attention_backend", "_native_cudnn"], "--attention_backend _native_cudnn cannot run here in float32"),
     ],
 )

@@ -45,7 +45,7 @@ class FeatureCache:
         for path in sorted(self.folder.glob("*.bin")):
             whole = path.stat().st_size // self.record.itemsize  # a killed process may have left a part of a record
             if whole > 0:
-                records = np.memmap(path, self.record, mode="r", shape=(whole,))
+                records = np.asarray(np.memmap(path, self.record, mode="r", shape=(whole,)))
                 self.known |= {key.tobytes(): row for key, row in zip(records["key"], records["features"])}
 
     @staticmethod
@@ -61,6 +61,7 @@ class FeatureCache:
             self.file = open(self.folder / f"{uuid.uuid4().hex}.bin", "wb")
         self.file.write(records.tobytes())
         self.file.flush()
+        self.known.update(zip(keys, features))
 
 
 class FeatureExtractor:
@@ -129,7 +130,9 @@ class FeatureExtractor:
         self.widths = [outputs[layer].shape[1] for layer in self.layers]
         self.cache = None
         if cache is not None:
-            made_with = "-".join([name, *self.layers, self.facts["weights_sha256"][:12]])
+            if with_logits:  # what is kept depends on the classifier too
+                digest.update(network.fc.weight.numpy().tobytes() + network.fc.bias.numpy().tobytes())
+            made_with = "-".join([name, *self.layers, digest.hexdigest()[:12]])
             self.cache = FeatureCache(Path(cache) / made_with, sum(self.widths))
 
     @torch.no_grad()

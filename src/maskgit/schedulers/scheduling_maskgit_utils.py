@@ -143,7 +143,7 @@ def draw_tokens(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, 
     if top_p is not None:
         kept = cumulative - probabilities < top_p
         cumulative = probabilities.where(kept, 0.0).cumsum(-1)
-    total = cumulative[..., -1:]
+    total = cumulative[..., -1:].contiguous()
     _check_finite(total)
     tokens = torch.searchsorted(cumulative, uniform[..., None] * total, right=True)
     # Rounding may put the threshold on the total: the answer is then the last token of positive probability.
