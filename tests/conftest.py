@@ -1,4 +1,5 @@
 import os
+import signal
 
 
 # The tests' models are tiny: several threads only wait for each other, here and in the processes that tests start.
@@ -64,3 +65,11 @@ def tiny_pipeline_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny_pipeline")
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as in a terminal: what a shell starts in the background ignores it, and so do its child processes."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -169,7 +169,7 @@ def test_ctrl_c_keeps_finished_turns(run, in_this_process, monkeypatch, tiny_pip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.csv", "report.json", "report.md"]
 
 
-def test_ctrl_c_ends_all_processes(tiny_pipeline_dir, tmp_path):
+def test_ctrl_c_ends_all_processes(ctrl_c, tiny_pipeline_dir, tmp_path):
     script = Path(__file__).parents[1] / "evaluations" / "benchmark.py"
     options = ["--model", tiny_pipeline_dir, "--num_inference_steps", "2", "--repeats", "100000", "--device", "cpu"]
     command = [sys.executable, script, *options, "--output", tmp_path / "report.json"]

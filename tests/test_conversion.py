@@ -381,7 +381,7 @@ def test_written_files_have_the_usual_mode(files, tmp_path):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_conversions_leave_nothing(number, code, files, tmp_path, capsys, monkeypatch):
+def test_stopped_conversions_leave_nothing(ctrl_c, number, code, files, tmp_path, capsys, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(script, "write_card", lambda *_: signal.raise_signal(number))
     output = tmp_path / "out"
