@@ -11,7 +11,7 @@ install: .venv/installed
 demo: .venv/installed
 	.venv/bin/maskgit sample --model builtin --classes all --images_per_class 4 --output_dir outputs/demo --overwrite
 
-# FID, KID, precision, recall, density and coverage of the built-in model against the real test images: a quarter of an hour on two CPU
+# FID, KID, precision, recall, density and coverage of the built-in model against the real test images: twenty minutes on two CPU
 # cores, most of it for the 10,000 real images, whose features are kept. It goes on where it was stopped; after a change of the model or of libraries,
 # delete outputs/evaluation.
 evaluate: .venv/installed-dev
