@@ -37,6 +37,7 @@ time of both.
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import itertools
@@ -62,7 +63,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin, VQModel
 from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.training_utils import EMAModel
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -346,7 +346,7 @@ def sample(pipe: MaskGitPipeline, method: str, batch_size: int, args: argparse.N
 def make_train_step(args: argparse.Namespace, case: Case, transformer: ModelMixin) -> Callable[[], None]:
     """An optimizer step of training/train_maskgit.py, on a batch of random tokens."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-    from train_maskgit import MaskGitOptions, Trainer, make_optimizer
+    from train_maskgit import MaskGitOptions, Trainer
 
     has_null_class = transformer.config.has_null_class
     options = MaskGitOptions(
@@ -357,20 +357,14 @@ def make_train_step(args: argparse.Namespace, case: Case, transformer: ModelMixi
         guidance_scale=1.0,
         ema_decay=0.9999,
     )
-    # As Trainer's __init__ does it, without data on disk, checkpoints and logs.
-    trainer = Trainer.__new__(Trainer)
-    trainer.options, trainer.step = options, 0
+    trainer = Trainer.__new__(Trainer)  # __init__ would want data on disk, a folder for checkpoints, and trackers
+    trainer.options = options
     trainer.accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=options.mixed_precision)
-    transformer.train().requires_grad_(True)
     trainer.codebook_size, trainer.num_classes = transformer.config.codebook_size, transformer.config.num_classes
-    trainer.ema = EMAModel(transformer.parameters(), decay=options.ema_decay, foreach=True)
-    optimizer = make_optimizer(options, transformer)
+    transformer.train().requires_grad_(True)
     if case.compile != "none":
         transformer.compile(mode=case.compile)
-    trainer.transformer, trainer.optimizer = trainer.accelerator.prepare(transformer, optimizer)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    trainer.lr_scheduler = trainer.accelerator.prepare(scheduler)
-    trainer.ema.to(trainer.accelerator.device)
+    trainer.prepare(transformer)
 
     grid = grid_of(transformer)
     items = [
@@ -504,8 +498,9 @@ def reset_peak_memory(device: torch.device) -> None:
     """Loading and compiling may take more memory than running: they shall not count, where the system can forget them."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        with contextlib.suppress(OSError):  # Linux alone has it, and some containers protect it
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> float:

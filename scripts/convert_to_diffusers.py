@@ -156,7 +156,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None):
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sources = parser.add_subparsers(dest="source", metavar="SOURCE", required=True, help="which project's checkpoints")
-    common = _Parser(add_help=False)
+    common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--output_dir", required=True, metavar="DIR", help="folder to write")
     common.add_argument("--overwrite", action="store_true", help="replace the folder if it is not empty")
     common.add_argument(

