@@ -74,13 +74,17 @@ from maskgit.masking import MaskedDataset
 from maskgit.options import user_errors
 
 
-# Random weights: DiT transformers of the published sizes at 256 x 256 pixels, and partition transformers of 32 x 32 tokens, of
-# which 12-12 and 14-10 are published sizes.
+# Random weights: DiT transformers of the published sizes at 256 x 256 pixels ("large" at 384 x 384 too), and partition transformers
+# of 32 x 32 tokens, of which 12-12 and 14-10 are published sizes.
 SIZES = {
     "tiny": (MaskGitDiTTransformer2DModel, {"hidden_size": 384, "num_layers": 6, "num_attention_heads": 6}),
     "small": (MaskGitDiTTransformer2DModel, {"hidden_size": 512, "num_layers": 12, "num_attention_heads": 6}),
     "base": (MaskGitDiTTransformer2DModel, {"hidden_size": 768, "num_layers": 12, "num_attention_heads": 12}),
     "large": (MaskGitDiTTransformer2DModel, {"hidden_size": 1024, "num_layers": 24, "num_attention_heads": 16}),
+    "large-384": (
+        MaskGitDiTTransformer2DModel,
+        {"hidden_size": 1024, "num_layers": 24, "num_attention_heads": 16, "sample_size": 24},
+    ),
     "partition-6-6": (
         PartitionTransformer2DModel,
         {"hidden_size": 256, "num_layers": 6, "num_decoder_layers": 6, "num_attention_heads": 4},
@@ -482,7 +486,8 @@ def measure_case(args: argparse.Namespace, case: Case) -> Iterator[dict]:
     # Counted by module, for the tokenizer's are not wanted.
     flops = sum(counter.get_flop_counts()["Global" if args.training else type(transformer).__name__].values())
     num_compiled = num_compilations()
-    yield {"flops": flops, "num_compiled": num_compiled, "peak_memory_mb": memory}
+    peak = matrix_peak(pipe.device, DTYPES[case.dtype])
+    yield {"flops": flops, "num_compiled": num_compiled, "peak_memory_mb": memory, "matrix_peak_gflops": peak}
 
     while True:
         seconds = run()
@@ -492,6 +497,20 @@ def measure_case(args: argparse.Namespace, case: Case) -> Iterator[dict]:
             if "decoding" in single:
                 seconds["latency_with_decoding"] = single["total"] + single["decoding"]
         yield seconds | {"num_recompiled": num_compilations() - num_compiled}
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP/s of the fastest of some products of two large matrices: what arithmetic reaches here at best."""
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        left @ right
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 1e9
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -590,6 +609,8 @@ def make_report(args: argparse.Namespace, cases: list[Case], facts: dict, turns:
             "peak_memory_mb": facts[case]["peak_memory_mb"],
             "gflops_per_turn": facts[case]["flops"] / 1e9,
             "gflops_per_second": facts[case]["flops"] / 1e9 / medians["total"],
+            "matrix_peak_gflops": facts[case]["matrix_peak_gflops"],
+            "share_of_matrix_peak": facts[case]["flops"] / 1e9 / medians["total"] / facts[case]["matrix_peak_gflops"],
             "num_compiled": facts[case]["num_compiled"],
             "num_recompiled": turns[case][-1]["num_recompiled"],
             "num_turns": len(turns[case]),
@@ -651,6 +672,7 @@ COLUMNS = {
     "s a decoded image": "latency_with_decoding_seconds",
     "peak MB": "peak_memory_mb",
     "GFLOP/s": "gflops_per_second",
+    "of matrix peak": "share_of_matrix_peak",
     "recompiled": "num_recompiled",
 }
 

@@ -131,7 +131,8 @@ class FeatureExtractor:
         self.cache = None
         if cache is not None:
             if with_logits:  # what is kept depends on the classifier too
-                digest.update(network.fc.weight.numpy().tobytes() + network.fc.bias.numpy().tobytes())
+                for tensor in (network.fc.weight, network.fc.bias):
+                    digest.update(tensor.cpu().numpy().tobytes())
             made_with = "-".join([name, *self.layers, digest.hexdigest()[:12]])
             self.cache = FeatureCache(Path(cache) / made_with, sum(self.widths))
 
