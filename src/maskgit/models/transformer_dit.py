@@ -51,9 +51,10 @@ class MaskGitDiTAttnProcessor:
         encoder_hidden_states: torch.Tensor,
         top_down_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        query = attn.norm_q(attn.to_q(hidden_states))  # (B, M or S, heads * head_dim)
-        key = attn.norm_k(attn.to_k(encoder_hidden_states))  # (B, S, heads * head_dim)
-        value = attn.to_v(encoder_hidden_states)
+        value = attn.to_v(encoder_hidden_states)  # (B, S, heads * head_dim)
+        # Autocast may normalise in float32, but attention backends want a single dtype.
+        query = attn.norm_q(attn.to_q(hidden_states)).to(value.dtype)  # (B, M or S, heads * head_dim)
+        key = attn.norm_k(attn.to_k(encoder_hidden_states)).to(value.dtype)
         if top_down_features is not None:
             value = value + attn.to_v(top_down_features)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
@@ -84,8 +85,8 @@ class MaskGitDiTAttention(nn.Module, AttentionModuleMixin):
         self.to_q = nn.Linear(hidden_size, inner_dim, bias=False)
         self.to_k = nn.Linear(hidden_size, inner_dim, bias=False)
         self.to_v = nn.Linear(hidden_size, inner_dim, bias=False)
-        self.norm_q = RMSNorm(inner_dim, eps=1e-5, elementwise_affine=False)
-        self.norm_k = RMSNorm(inner_dim, eps=1e-5, elementwise_affine=False)
+        self.norm_q = nn.RMSNorm(inner_dim, eps=1e-5, elementwise_affine=False)
+        self.norm_k = nn.RMSNorm(inner_dim, eps=1e-5, elementwise_affine=False)
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, hidden_size, bias=False), nn.Dropout(dropout)])
         self.set_processor(self._default_processor_cls())
 
@@ -109,9 +110,9 @@ class MaskGitDiTBlock(nn.Module):
     def __init__(self, hidden_size: int, num_attention_heads: int, intermediate_size: int, dropout: float):
         super().__init__()
         self.adaln = nn.Linear(hidden_size, 6 * hidden_size)
-        self.norm1 = RMSNorm(hidden_size, eps=1e-5)
+        self.norm1 = nn.RMSNorm(hidden_size, eps=1e-5)
         self.attn = MaskGitDiTAttention(hidden_size, num_attention_heads, dropout)
-        self.norm2 = RMSNorm(hidden_size, eps=1e-5)
+        self.norm2 = nn.RMSNorm(hidden_size, eps=1e-5)
         self.ff = FeedForward(
             hidden_size, inner_dim=intermediate_size, activation_fn="swiglu", dropout=dropout, bias=False
         )
