@@ -33,7 +33,7 @@ other work on the machine meets them all alike: the ratio to the baseline is the
 report.json, and report.csv and report.md beside it, all after each turn of a case: what is measured when Ctrl-C stops the run is
 kept. In the table, "transformer" is the time up to the output of the last block, "sampling" the rest: output layer, draws and
 scheduler. GFLOP/s counts the transformer's matrix products and PyTorch's own attention (no other package's) over the
-time of both.
+time of both; "of matrix peak" is their share of what plain products of two large matrices reach in the same process.
 """
 
 import argparse

@@ -27,6 +27,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -153,6 +154,15 @@ class ImageSet:
     facts: dict = dataclasses.field(default_factory=dict)
 
 
+def read_settings(folder: Path) -> dict | None:
+    """What this project wrote beside images that it made; None if it made none there."""
+    try:
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) and "maskgit" in settings.get("versions", {}) else None
+
+
 def open_set(name: str, source: str, split: str | None, num_images: int | None, image_size: int | None) -> ImageSet:
     """The set that an option names; raises an error for what cannot be measured, by the headers of the images."""
     path, result = Path(source), ImageSet(name, source)
@@ -162,11 +172,11 @@ def open_set(name: str, source: str, split: str | None, num_images: int | None, 
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         raise ValueError(f"{source} is a saved dataset: give it as --reference, with --reference_split.")
     elif path.is_dir():
-        folder = path / "images" if (path / "images").is_dir() and (path / "settings.json").is_file() else path
+        folder = path / "images" if (path / "images").is_dir() and read_settings(path) is not None else path
         result.images = FolderImages(folder)
-        settings = (folder.parent if folder.name == "images" else folder) / "settings.json"
-        if settings.is_file():
-            result.facts["settings"] = json.loads(settings.read_text(encoding="utf-8"))
+        settings = read_settings(folder.parent if folder.name == "images" else folder)
+        if settings is not None:
+            result.facts["settings"] = settings
             # `maskgit sample` writes its grid, and pictures of the steps, beside the images.
             single = [file for file in result.images.paths if file.parent == folder and file.name != "grid.png"]
             result.images.paths = single
@@ -205,6 +215,8 @@ def read_tensors(path: Path) -> Statistics:
 
 def read_npz(path: Path, result: ImageSet) -> None:
     """What an .npz file has: images, statistics, features, and what was written about them."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no .npz file, or a damaged one.")
     try:
         with np.load(path) as file:
             if "mu" in file and "sigma" in file:
@@ -401,6 +413,17 @@ def state(args: argparse.Namespace, sets: dict[str, ImageSet]) -> str:
     return f"{' against '.join(words)}; features of {args.feature_extractor}, resizing: {RESIZINGS[args.resizing]}"
 
 
+def check_writable(option: str, path: Path) -> None:
+    """Raise an error if a file cannot be written there, before the hours of work that it is for."""
+    if path.is_dir():
+        raise ValueError(f"--{option} {path} is a folder: give a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(f"--{option} {path}: cannot write to '{path.parent}', {error.strerror}.") from error
+
+
 def check_options(args: argparse.Namespace) -> list[str]:
     """Raise an error for options that make no sense; returns the metrics to measure."""
     metrics = [name.strip() for name in args.metrics.split(",")]
@@ -413,6 +436,12 @@ def check_options(args: argparse.Namespace) -> list[str]:
         path = getattr(args, option)
         if path is not None and Path(path).exists() and not args.overwrite:
             raise ValueError(f"{path} is there already: give another --{option}, or --overwrite to replace it.")
+        if path is not None:
+            check_writable(option, Path(path))
+    if args.save_statistics is not None and Path(args.save_statistics).suffix != ".npz":
+        raise ValueError(f"--save_statistics {args.save_statistics}: give a name that ends in .npz.")
+    if args.save_statistics is not None and args.save_statistics == args.output:
+        raise ValueError(f"--output and --save_statistics are both {args.output}: give two names.")
     if args.generated is None and args.save_statistics is None:
         raise ValueError("Give --generated, or --save_statistics for the reference alone.")
     if args.reference is None and (args.save_statistics is not None or metrics != ["isc"]):
@@ -483,14 +512,16 @@ def main(argv: list[str] | None = None) -> None:
         result = evaluate(args)
         for warning in result["warnings"]:
             print(f"warning: {warning}", file=sys.stderr)
+        for name, value in result["metrics"].items():
+            print(f"{name:20} {value:.6g}")
+        print(result["statement"])
         if args.output is not None:
-            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         if until_written is not None:
-            shutil.rmtree(until_written, ignore_errors=True)
-    for name, value in result["metrics"].items():
-        print(f"{name:20} {value:.6g}")
-    print(result["statement"])
+            for folder in Path(until_written).glob(f"{args.feature_extractor}-*"):
+                shutil.rmtree(folder)
+            if not any(Path(until_written).iterdir()):  # what else may lie there is not ours
+                Path(until_written).rmdir()
     for path in (args.output, args.save_statistics):
         if path is not None:
             print(f"Wrote {path}")

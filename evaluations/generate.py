@@ -212,7 +212,10 @@ def prepare_output(folder: Path, npz: Path | None, settings: dict, overwrite: bo
     advice = "give another --output_dir, or --overwrite to start anew"
     indices = image_indices(folder)
     if (folder / "settings.json").is_file():
-        different = different_settings(json.loads((folder / "settings.json").read_text(encoding="utf-8")), settings)
+        old = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        if old.keys() & {"tokenizer", "transformer"} != settings.keys() & {"tokenizer", "transformer"}:
+            raise ValueError(f"{folder} holds images of another program: give another --output_dir.")
+        different = different_settings(old, settings)
         if different and not overwrite:
             raise ValueError(f"{folder} holds images made with {'; '.join(different[:3])}: {advice}.")
         if max(indices, default=-1) >= settings["num_images"] and not overwrite:
@@ -226,9 +229,9 @@ def prepare_output(folder: Path, npz: Path | None, settings: dict, overwrite: bo
     if npz is not None and npz.exists() and not overwrite and not is_npz_of(npz, settings):
         raise ValueError(f"{npz} is there already, and not of these images: give another --npz, or --overwrite.")
 
-    (folder / "images").mkdir(parents=True, exist_ok=True)
     if npz is not None:
         npz.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     if overwrite:
         for index in indices:
             image_path(folder, index).unlink()

@@ -180,12 +180,15 @@ def run(args: argparse.Namespace) -> dict:
     folder = Path(args.output_dir)
     if args.batch_size < 1:
         raise ValueError(f"--batch_size {args.batch_size}: must be at least 1.")
+    if args.split is None and Path(args.images).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--images {args.images} lies in --output_dir {folder}: give another folder to write to.")
     evaluation = evaluation_options(args)
-    if args.metrics != "none":
-        evaluate.check_options(evaluation)
+    metrics = evaluate.check_options(evaluation) if args.metrics != "none" else []
     device = str(find_device(args.device))
     tokenizer = load_tokenizer(args.tokenizer).to(device)
     images = open_images(args, tokenizer)
+    originals = evaluate.ImageSet("real", args.images, images=images, num_images=len(images))
+    evaluate.check_sets(evaluation, metrics, {"real": originals})
     settings = {
         "tokenizer": args.tokenizer,
         "weights_sha256": tokenizer_checksum(tokenizer),

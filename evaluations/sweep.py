@@ -241,10 +241,16 @@ def sweep(args: argparse.Namespace, accelerator: Accelerator) -> None:
             f"KID draws subsets of {args.kid_subset_size} images, more than --num_images {args.num_images}: leave kid out of "
             "--metrics, or give a smaller --kid_subset_size."
         )
+    for run in runs:
+        if run.get("num_inference_steps", 1) < 1:
+            raise ValueError(f"--num_inference_steps {run['num_inference_steps']}: must be at least 1.")
     is_main = accelerator.is_main_process
     if is_main:
         folder.mkdir(parents=True, exist_ok=True)
         reference = prepare_reference(args)
+        options = evaluate.make_parser().parse_args(["--reference", reference, *evaluate_arguments(args)])
+        reference_set = evaluate.open_set("reference", reference, None, None, args.image_size)
+        evaluate.check_sets(options, args.metrics.split(","), {"reference": reference_set})
     rows = []
     for i, run in enumerate(runs):
         if is_main:

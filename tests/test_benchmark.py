@@ -94,6 +94,7 @@ def test_report(run, tiny_pipeline_dir, tmp_path, capsys):
         assert result["decoding_seconds"] > 0
         assert 0 < result["latency_seconds"] < result["latency_with_decoding_seconds"]
         assert 50 < result["peak_memory_mb"] < 5000
+        assert 0 < result["share_of_matrix_peak"] < 1, "no model reaches what matrix products alone do"
     assert results[0]["ratio_to_baseline"] == 1
     assert results[0]["gflops_per_turn"] > results[1]["gflops_per_turn"] > 0, "positions save work"
     printed = capsys.readouterr().out

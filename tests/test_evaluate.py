@@ -214,12 +214,12 @@ def test_result_says_how_it_was_measured(run, tmp_path, capsys):
     folder = tmp_path / "out"
     write_folder(folder / "images", random_images(60, 0))
     Image.new("RGB", (100, 50)).save(folder / "grid.png")
-    (folder / "settings.json").write_text(json.dumps({"num_images": 60, "seed": 7}))
+    (folder / "settings.json").write_text(json.dumps({"num_images": 60, "seed": 7, "versions": {"maskgit": "0.1"}}))
     write_folder(tmp_path / "reference", random_images(70, 1))
     result = run("--generated", folder, "--reference", tmp_path / "reference", "--prc_neighbors", 4)
     assert result["generated"] == {
         "source": str(folder),
-        "settings": {"num_images": 60, "seed": 7},
+        "settings": {"num_images": 60, "seed": 7, "versions": {"maskgit": "0.1"}},
         "num_images": 60,
         "size": [16, 16],
         "modes": {"RGB": 60},
@@ -242,9 +242,9 @@ def test_folder_of_the_sample_command(run, tmp_path):
     folder = write_folder(tmp_path / "samples", random_images(60, 0))
     Image.new("RGB", (100, 50)).save(folder / "grid.png")
     write_folder(folder / "steps", random_images(2, 0, size=30))
-    (folder / "settings.json").write_text(json.dumps({"seed": 3}))
+    (folder / "settings.json").write_text(json.dumps({"seed": 3, "versions": {"maskgit": "0.1"}}))
     result = run("--generated", folder, "--reference", write_folder(tmp_path / "reference", random_images(60, 1)))
-    assert result["generated"]["num_images"] == 60 and result["generated"]["settings"] == {"seed": 3}
+    assert result["generated"]["num_images"] == 60 and result["generated"]["settings"] == {"seed": 3, "versions": {"maskgit": "0.1"}}
 
 
 def test_grey_transparent_and_lossy_images(run, tmp_path):
@@ -313,7 +313,7 @@ def test_unfinished_and_broken_images(run, tmp_path, capsys):
     folder = tmp_path / "out"
     write_folder(folder / "images", random_images(60, 0))
     write_folder(tmp_path / "reference", random_images(60, 1))
-    (folder / "settings.json").write_text(json.dumps({"num_images": 61}))
+    (folder / "settings.json").write_text(json.dumps({"num_images": 61, "versions": {"maskgit": "0.1"}}))
     with pytest.raises(SystemExit):
         run("--generated", folder, "--reference", tmp_path / "reference")
     assert "not the 61 of its settings.json: run generate.py again with the same options" in capsys.readouterr().err
@@ -614,3 +614,27 @@ def test_weights_that_are_not_those_of_the_package_are_refused(tmp_path, monkeyp
     with pytest.raises(ValueError, match="its SHA-256 differs"):
         prepare_inception_weights.prepare(tmp_path / "inception.pth")
     assert not (tmp_path / "inception.pth").exists()
+
+
+def test_what_cannot_be_written_or_read_back_is_refused_first(tmp_path, capsys):
+    write_folder(tmp_path / "a", random_images(4, 0))
+    (tmp_path / "file.txt").touch()
+    (tmp_path / "folder").mkdir()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    for arguments, message in (
+        (("--generated", tmp_path / "a", "--output", tmp_path / "folder", "--overwrite"), "is a folder: give a file"),
+        (("--generated", tmp_path / "a", "--output", tmp_path / "file.txt" / "r.json"), "cannot write to"),
+        (("--save_statistics", tmp_path / "mine"), "give a name that ends in .npz"),
+        (("--save_statistics", tmp_path / "s.npz", "--output", tmp_path / "s.npz"), "give two names"),
+        (("--generated", tmp_path / "array.npz"), "is no .npz file, or a damaged one"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluate.main([str(x) for x in (*arguments, "--reference", tmp_path / "a")])
+        assert message in capsys.readouterr().err
+
+
+def test_settings_of_another_program_are_no_matter(tmp_path):
+    write_folder(tmp_path / "a" / "cats", random_images(3, 0))
+    (tmp_path / "a" / "settings.json").write_text("{}")
+    assert len(evaluate.open_set("generated", str(tmp_path / "a"), None, None, None).images) == 3

@@ -184,3 +184,27 @@ def test_command_refuses_bad_input(tiny_pipeline_dir, tmp_path, monkeypatch, cap
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if "error:" in line]
     assert len(lines) == 1 and message in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_images_are_never_written_over(run, capsys):
+    folder = run()
+    before = {path: path.read_bytes() for path in (folder / "images").iterdir()}
+    with pytest.raises(SystemExit):
+        run("--images", folder / "images", "--overwrite")
+    assert "lies in --output_dir" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (folder / "images").iterdir()} == before
+
+
+def test_folder_of_generated_images_is_refused(run, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text('{"transformer": "MaskGitDiTTransformer2DModel"}')
+    with pytest.raises(SystemExit):
+        run("--overwrite")
+    assert "holds images of another program" in capsys.readouterr().err
+
+
+def test_too_few_images_for_a_metric_are_refused_before_the_work(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("--metrics", "kid")
+    assert "kid needs at least 1000 real images, but there are 23" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -78,6 +78,7 @@ def test_one_combination_against_statistics(run, tmp_path):
         (["--reference", "nowhere"], "nowhere is not there or of another kind"),
         (["--metrics", "fid,fad"], "unknown metric 'fad'"),
         (["--choice_temperature", "3"], "unknown field of HaltonScheduler, 'choice_temperature'"),
+        (["--num_inference_steps", "2", "0"], "--num_inference_steps 0: must be at least 1"),
         (["--metrics", "kid"], "KID draws subsets of 1000 images, more than --num_images 12"),
     ],
 )
