@@ -244,7 +244,10 @@ def test_folder_of_the_sample_command(run, tmp_path):
     write_folder(folder / "steps", random_images(2, 0, size=30))
     (folder / "settings.json").write_text(json.dumps({"seed": 3, "versions": {"maskgit": "0.1"}}))
     result = run("--generated", folder, "--reference", write_folder(tmp_path / "reference", random_images(60, 1)))
-    assert result["generated"]["num_images"] == 60 and result["generated"]["settings"] == {"seed": 3, "versions": {"maskgit": "0.1"}}
+    assert result["generated"]["num_images"] == 60 and result["generated"]["settings"] == {
+        "seed": 3,
+        "versions": {"maskgit": "0.1"},
+    }
 
 
 def test_grey_transparent_and_lossy_images(run, tmp_path):
