@@ -57,7 +57,8 @@ def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
             dataset = datasets.load_dataset("imagefolder", data_dir=source, data_files=files, split=split)
     except (datasets.exceptions.DatasetNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"cannot read split {split!r} of images from {source!r}: {reason}") from None
+        looked = "" if folder.exists() else " (there is no such folder here, so it was looked for on the Hub)"
+        raise ValueError(f"cannot read split {split!r} of images from {source!r}{looked}: {reason}") from None
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise ValueError(f"{source!r} has no split {split!r}, only {', '.join(dataset)}.")

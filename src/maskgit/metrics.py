@@ -109,6 +109,8 @@ class FeatureExtractor:
             )
         except Exception as error:  # pickle and downloads raise many kinds
             reason = next(iter(str(error).splitlines()), type(error).__name__)
+            if isinstance(error, FileNotFoundError):
+                raise ValueError(f"There is no file {weights} of the weights of {name}.") from None
             if weights is not None:
                 raise ValueError(f"{weights} holds no weights of {name}: {reason}") from None
             raise ValueError(
