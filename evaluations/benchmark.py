@@ -50,7 +50,6 @@ import resource
 import signal
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -64,6 +63,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin, VQModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch._dynamo.utils import counters
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -71,7 +71,7 @@ import maskgit
 from maskgit import MaskGitDiTTransformer2DModel, MaskGitPipeline, PartitionTransformer2DModel
 from maskgit.loading import DTYPES, SCHEDULERS, load_pipeline
 from maskgit.masking import MaskedDataset
-from maskgit.options import user_errors
+from maskgit.options import check_writable, user_errors
 
 
 # Random weights: DiT transformers of the published sizes at 256 x 256 pixels ("large" at 384 x 384 too), and partition transformers
@@ -503,14 +503,8 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     """GFLOP/s of the fastest of some products of two large matrices: what arithmetic reaches here at best."""
     size = 8192 if device.type == "cuda" else 2048
     left, right = torch.randn(2, size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
-        left @ right
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds) / 1e9
+    timer = Timer("left @ right", globals={"left": left, "right": right}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / min(timer.blocked_autorange().times) / 1e9
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -605,12 +599,13 @@ def make_report(args: argparse.Namespace, cases: list[Case], facts: dict, turns:
                 "latency_seconds": medians.get("latency"),
                 "latency_with_decoding_seconds": medians.get("latency_with_decoding"),
             }
+        gflops_per_second = facts[case]["flops"] / 1e9 / medians["total"]
         result |= {
             "peak_memory_mb": facts[case]["peak_memory_mb"],
             "gflops_per_turn": facts[case]["flops"] / 1e9,
-            "gflops_per_second": facts[case]["flops"] / 1e9 / medians["total"],
+            "gflops_per_second": gflops_per_second,
             "matrix_peak_gflops": facts[case]["matrix_peak_gflops"],
-            "share_of_matrix_peak": facts[case]["flops"] / 1e9 / medians["total"] / facts[case]["matrix_peak_gflops"],
+            "share_of_matrix_peak": gflops_per_second / facts[case]["matrix_peak_gflops"],
             "num_compiled": facts[case]["num_compiled"],
             "num_recompiled": turns[case][-1]["num_recompiled"],
             "num_turns": len(turns[case]),
@@ -724,12 +719,8 @@ def check_output(args: argparse.Namespace) -> None:
     for path in report_paths(args.output):
         if path.exists() and not args.overwrite:
             raise ValueError(f"{path} is there already: give another --output, or --overwrite to replace it.")
-    folder = Path(args.output).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"--output {args.output}: cannot write to '{folder}', {error.strerror}.") from error
+    for path in report_paths(args.output):
+        check_writable("output", path)
 
 
 def check_options(args: argparse.Namespace, given: set[str]) -> None:

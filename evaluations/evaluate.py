@@ -27,7 +27,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -54,7 +53,7 @@ from maskgit.metrics import (
     kernel_distance,
     precision_recall,
 )
-from maskgit.options import check_keys, user_errors
+from maskgit.options import check_keys, check_writable, user_errors
 
 
 METRICS = ("fid", "isc", "kid", "prc", "dc")
@@ -172,9 +171,9 @@ def open_set(name: str, source: str, split: str | None, num_images: int | None, 
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         raise ValueError(f"{source} is a saved dataset: give it as --reference, with --reference_split.")
     elif path.is_dir():
-        folder = path / "images" if (path / "images").is_dir() and read_settings(path) is not None else path
+        settings = read_settings(path.parent if path.name == "images" else path)
+        folder = path / "images" if settings is not None and (path / "images").is_dir() else path
         result.images = FolderImages(folder)
-        settings = read_settings(folder.parent if folder.name == "images" else folder)
         if settings is not None:
             result.facts["settings"] = settings
             # `maskgit sample` writes its grid, and pictures of the steps, beside the images.
@@ -413,17 +412,6 @@ def state(args: argparse.Namespace, sets: dict[str, ImageSet]) -> str:
     return f"{' against '.join(words)}; features of {args.feature_extractor}, resizing: {RESIZINGS[args.resizing]}"
 
 
-def check_writable(option: str, path: Path) -> None:
-    """Raise an error if a file cannot be written there, before the hours of work that it is for."""
-    if path.is_dir():
-        raise ValueError(f"--{option} {path} is a folder: give a file.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise OSError(f"--{option} {path}: cannot write to '{path.parent}', {error.strerror}.") from error
-
-
 def check_options(args: argparse.Namespace) -> list[str]:
     """Raise an error for options that make no sense; returns the metrics to measure."""
     metrics = [name.strip() for name in args.metrics.split(",")]
@@ -436,8 +424,6 @@ def check_options(args: argparse.Namespace) -> list[str]:
         path = getattr(args, option)
         if path is not None and Path(path).exists() and not args.overwrite:
             raise ValueError(f"{path} is there already: give another --{option}, or --overwrite to replace it.")
-        if path is not None:
-            check_writable(option, Path(path))
     if args.save_statistics is not None and Path(args.save_statistics).suffix != ".npz":
         raise ValueError(f"--save_statistics {args.save_statistics}: give a name that ends in .npz.")
     if args.save_statistics is not None and args.save_statistics == args.output:
@@ -451,6 +437,9 @@ def check_options(args: argparse.Namespace) -> list[str]:
         args.batch_size = 16 if args.device == "cpu" else 64
     if args.feature_extractor_weights is None and args.feature_extractor == INCEPTION:
         args.feature_extractor_weights = os.environ.get(WEIGHTS_VARIABLE)
+    for option in ("output", "save_statistics"):  # last, since it makes their folders
+        if getattr(args, option) is not None:
+            check_writable(option, Path(getattr(args, option)))
     return [] if args.generated is None else metrics
 
 

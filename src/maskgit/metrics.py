@@ -95,6 +95,8 @@ class FeatureExtractor:
             raise ValueError(f"There is no feature extractor {name!r}: torch-fidelity has {known}.")
         if with_logits and name != INCEPTION:
             raise ValueError(f"The Inception score needs the classifier of {INCEPTION}, which {name} has not.")
+        if weights is not None and not Path(weights).is_file():
+            raise ValueError(f"There is no file {weights}: give a file of the weights of {name}.")
         self.name = name
         self.layer = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric("fid")
         self.layers = [self.layer, LOGITS] if with_logits else [self.layer]
@@ -109,8 +111,6 @@ class FeatureExtractor:
             )
         except Exception as error:  # pickle and downloads raise many kinds
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            if isinstance(error, FileNotFoundError):
-                raise ValueError(f"There is no file {weights} of the weights of {name}.") from None
             if weights is not None:
                 raise ValueError(f"{weights} holds no weights of {name}: {reason}") from None
             raise ValueError(

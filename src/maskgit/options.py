@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 import json
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -185,6 +186,17 @@ def user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)):
     except kinds as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise an error if a file cannot be written there, before the hours of work that it is for."""
+    if path.is_dir():
+        raise ValueError(f"--{option} {path} is a folder: give a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(f"--{option} {path}: cannot write to '{path.parent}', {error.strerror}.") from error
 
 
 def load_options(cls: type[OptionsType], argv: list[str] | None = None) -> OptionsType:
