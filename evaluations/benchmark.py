@@ -427,24 +427,22 @@ class Worker:
 def work(connection, args: argparse.Namespace, case: Case) -> None:
     """What a worker's process does."""
     answers = measure_case(args, case)
-    while True:
-        try:
+    # An end or an error of the connection means that the parent is gone, or has closed it, perhaps on an answer unread.
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
             connection.recv()
-        except EOFError:  # the parent is gone
-            return
-        try:
-            answer = next(answers)
-        except torch.OutOfMemoryError as error:
-            answer = ValueError(f"{case}: out of memory, give a smaller --batch_size. {str(error).splitlines()[0]}")
-        except (ValueError, OSError) as error:
-            answer = ValueError(str(error))  # others may not survive the way to the parent
-        except Exception as error:
-            traceback.print_exc()
-            answer = RuntimeError(f"{case}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-        try:
+            try:
+                answer = next(answers)
+            except torch.OutOfMemoryError as error:
+                answer = ValueError(
+                    f"{case}: out of memory, give a smaller --batch_size. {str(error).splitlines()[0]}"
+                )
+            except (ValueError, OSError) as error:
+                answer = ValueError(str(error))  # others may not survive the way to the parent
+            except Exception as error:
+                traceback.print_exc()
+                answer = RuntimeError(f"{case}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             connection.send(answer)
-        except BrokenPipeError:
-            return
 
 
 def measure_case(args: argparse.Namespace, case: Case) -> Iterator[dict]:

@@ -2,11 +2,13 @@ import csv
 import functools
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,6 @@ from maskgit import (
 @pytest.fixture
 def run(monkeypatch):
     """Runs the script with some options."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "evaluations")
     import benchmark
 
     def run(*options):
@@ -188,6 +189,22 @@ def test_ctrl_c_ends_all_processes(ctrl_c, tiny_pipeline_dir, tmp_path):
         for _ in range(100):
             os.killpg(process.pid, 0)
             time.sleep(0.1)
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_process_ends_quietly_when_its_parent_is_gone(is_read, monkeypatch):
+    import benchmark
+
+    monkeypatch.setattr(benchmark, "measure_case", lambda args, case: iter([{}]))
+    connection, other = multiprocessing.Pipe()
+    with ThreadPoolExecutor() as executor:
+        work = executor.submit(benchmark.work, other, None, None)
+        connection.send(None)
+        assert connection.poll(timeout=60)
+        if is_read:
+            connection.recv()
+        connection.close()
+        work.result(timeout=60)
 
 
 def test_errors_of_a_process_reach_the_user(run, monkeypatch):
