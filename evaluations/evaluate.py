@@ -432,6 +432,8 @@ def check_options(args: argparse.Namespace) -> list[str]:
         raise ValueError("Give --generated, or --save_statistics for the reference alone.")
     if args.reference is None and (args.save_statistics is not None or metrics != ["isc"]):
         raise ValueError("Give --reference: only the Inception score alone (--metrics isc) does without it.")
+    if args.generated is None and args.num_images is not None:
+        raise ValueError("--num_images counts generated images, and there are none: a reference is taken whole.")
     args.device = str(find_device(args.device))
     if args.batch_size is None:
         args.batch_size = 16 if args.device == "cpu" else 64
@@ -499,6 +501,8 @@ def main(argv: list[str] | None = None) -> None:
     args.features_cache = args.features_cache or until_written
     with user_errors():
         result = evaluate(args)
+        if until_written is not None:  # a folder that will not be there
+            result["options"]["features_cache"] = None
         for warning in result["warnings"]:
             print(f"warning: {warning}", file=sys.stderr)
         for name, value in result["metrics"].items():

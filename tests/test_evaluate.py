@@ -373,6 +373,10 @@ BAD_INPUT = {
         ["--generated", "a", "--reference", "a", "--metrics", "prc", "--prc_neighbors", "4"],
         "prc needs at least 5 generated images, but there are 4: leave it out of --metrics, or give a smaller --prc_neighbors",
     ),
+    "number of nothing": (
+        ["--reference", "a", "--save_statistics", "s.npz", "--num_images", "2"],
+        "--num_images counts generated images",
+    ),
     "one": (["--generated", "a", "--num_images", "1", "--reference", "a", "--metrics", "fid"], "fid needs at least 2"),
     "sizes": (
         ["--generated", "a", "--reference", "b", "--metrics", "fid"],
@@ -477,7 +481,8 @@ def test_stopped_evaluation_goes_on_where_it_was(run, tmp_path, monkeypatch):
     num_kept = sum(seen[1:]) - 1  # the first is the extractor's own look at the network
     assert num_kept == 70 + 2 * 8 - 1
     seen.clear()
-    assert run(*arguments)["metrics"] == pytest.approx(expected, rel=1e-5)
+    result = run(*arguments)
+    assert result["metrics"] == pytest.approx(expected, rel=1e-5) and result["options"]["features_cache"] is None
     assert sum(seen[1:]) == 150 - num_kept
     assert not (tmp_path / "result.json.features").exists()
 
