@@ -717,7 +717,6 @@ def check_output(args: argparse.Namespace) -> None:
     for path in report_paths(args.output):
         if path.exists() and not args.overwrite:
             raise ValueError(f"{path} is there already: give another --output, or --overwrite to replace it.")
-    for path in report_paths(args.output):
         check_writable("output", path)
 
 

@@ -212,8 +212,12 @@ def prepare_output(folder: Path, npz: Path | None, settings: dict, overwrite: bo
     advice = "give another --output_dir, or --overwrite to start anew"
     indices = image_indices(folder)
     if (folder / "settings.json").is_file():
-        old = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        if old.keys() & {"tokenizer", "transformer"} != settings.keys() & {"tokenizer", "transformer"}:
+        try:
+            old = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        except ValueError:
+            old = None
+        models = {"tokenizer", "transformer"}
+        if not isinstance(old, dict) or old.keys() & models != settings.keys() & models:
             raise ValueError(f"{folder} holds images of another program: give another --output_dir.")
         different = different_settings(old, settings)
         if different and not overwrite:

@@ -195,9 +195,10 @@ def test_images_are_never_written_over(run, capsys):
     assert {path: path.read_bytes() for path in (folder / "images").iterdir()} == before
 
 
-def test_folder_of_generated_images_is_refused(run, tmp_path, capsys):
+@pytest.mark.parametrize("settings", ['{"transformer": "MaskGitDiTTransformer2DModel"}', "[]", "no JSON"])
+def test_folder_of_another_program_is_refused(run, tmp_path, capsys, settings):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "settings.json").write_text('{"transformer": "MaskGitDiTTransformer2DModel"}')
+    (tmp_path / "out" / "settings.json").write_text(settings)
     with pytest.raises(SystemExit):
         run("--overwrite")
     assert "holds images of another program" in capsys.readouterr().err
